@@ -1,0 +1,38 @@
+from chunkserve.v1 import manifest_pb2 as _manifest_pb2
+from chunkserve.v1 import types_pb2 as _types_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("manifest", "sampling")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    manifest: _manifest_pb2.Manifest
+    sampling: _types_pb2.SamplingParams
+    def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ...) -> None: ...
+
+class DecodeResponse(_message.Message):
+    __slots__ = ("started", "delta", "finish")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    started: DecodeStarted
+    delta: _types_pb2.TokenDelta
+    finish: _types_pb2.Finish
+    def __init__(self, started: _Optional[_Union[DecodeStarted, _Mapping]] = ..., delta: _Optional[_Union[_types_pb2.TokenDelta, _Mapping]] = ..., finish: _Optional[_Union[_types_pb2.Finish, _Mapping]] = ...) -> None: ...
+
+class DecodeStarted(_message.Message):
+    __slots__ = ("worker_id", "fetched_bytes", "fetch_ms", "num_kept_tokens")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCH_MS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    fetched_bytes: int
+    fetch_ms: float
+    num_kept_tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., fetched_bytes: _Optional[int] = ..., fetch_ms: _Optional[float] = ..., num_kept_tokens: _Optional[int] = ...) -> None: ...
