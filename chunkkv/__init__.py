@@ -1,0 +1,54 @@
+"""ChunkKV: keep the chunks of a KV cache that matter. Tensors in, tensors or bytes out.
+
+Source: https://arxiv.org/abs/2502.00299.
+"""
+
+from chunkkv.attention import QueryProbe, make_observable, observable
+from chunkkv.cache import KVCache
+from chunkkv.codec import EncodedKV, Header, decode, encode, read_header
+from chunkkv.compressed import CompressedKV, LayerKV
+from chunkkv.compressor import Prefilled, compress
+from chunkkv.errors import (
+    ChunkKVError,
+    CorruptError,
+    FormatError,
+    InvalidInputError,
+    InvalidPolicyError,
+    MismatchError,
+)
+from chunkkv.fingerprint import model_fingerprint
+from chunkkv.policy import CompressionPolicy
+from chunkkv.prefill import generation_inputs, prefill, run_prefill
+from chunkkv.scoring import window_scores
+from chunkkv.selection import Selection, select, select_positions
+
+__all__ = [
+    "ChunkKVError",
+    "CompressedKV",
+    "CompressionPolicy",
+    "CorruptError",
+    "EncodedKV",
+    "FormatError",
+    "Header",
+    "InvalidInputError",
+    "InvalidPolicyError",
+    "KVCache",
+    "LayerKV",
+    "MismatchError",
+    "Prefilled",
+    "QueryProbe",
+    "Selection",
+    "compress",
+    "decode",
+    "encode",
+    "generation_inputs",
+    "make_observable",
+    "model_fingerprint",
+    "observable",
+    "prefill",
+    "read_header",
+    "run_prefill",
+    "select",
+    "select_positions",
+    "window_scores",
+]

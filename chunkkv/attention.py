@@ -1,0 +1,108 @@
+"""Catches queries on their way through a model's attention.
+
+Uses the attention interface of transformers: an implementation of our own name hands the queries
+to a probe, if one came with the call, and then runs the implementation that the model had before.
+No model code is touched.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_PREFIX: Final = "chunkkv_"
+
+# Keyword that carries the probe from the model's call to its attention.
+PROBE_ARGUMENT: Final = "chunkkv_probe"
+
+
+@dataclass(slots=True)
+class QueryProbe:
+    """Keeps the queries of the last tokens that a model saw, layer by layer.
+
+    Attributes:
+        window_size: Tokens to keep.
+        queries: By layer index: ``(batch, num_heads, <= window_size, head_dim)``, after position
+            encoding.
+        scaling: By layer index: factor on the dot products.
+        softcap: By layer index: bound of the logits, or ``None``.
+    """
+
+    window_size: int
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    scaling: dict[int, float] = field(default_factory=dict)
+    softcap: dict[int, float | None] = field(default_factory=dict)
+
+    def observe(
+        self, layer: int, queries: torch.Tensor, scaling: float | None, softcap: float | None
+    ) -> None:
+        """Take the queries of one forward pass ``(batch, num_heads, q_len, head_dim)``."""
+        recent = queries[:, :, -self.window_size :]
+        if layer in self.queries and recent.shape[2] < self.window_size:
+            recent = torch.cat([self.queries[layer], recent], dim=2)[:, :, -self.window_size :]
+        # A copy, so that the whole prompt's queries are not kept alive by a view.
+        self.queries[layer] = recent.clone()
+        self.scaling[layer] = queries.shape[-1] ** -0.5 if scaling is None else scaling
+        self.softcap[layer] = softcap
+
+
+@contextmanager
+def observable(model: Any) -> Iterator[None]:
+    """Let a transformers model's attention be probed inside the block.
+
+    Not for use from two threads at once on one model. A service that probes for a lifetime calls
+    :func:`make_observable` once.
+    """
+    before = model.config._attn_implementation
+    make_observable(model)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+def make_observable(model: Any) -> None:
+    """Let a transformers model's attention be probed from now on. Idempotent."""
+    base = model.config._attn_implementation or "eager"
+    if base.startswith(_PREFIX):
+        return
+    name = _PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _probed(base))
+        if base in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    model.set_attn_implementation(name)
+
+
+def _probed(base: str) -> Callable[..., Any]:
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        probe: QueryProbe | None = kwargs.pop(PROBE_ARGUMENT, None)
+        if probe is not None:
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            probe.observe(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
+        run = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+        return run(module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:
+    # Eager attention is not registered by name: each model file has its own.
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager

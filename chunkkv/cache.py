@@ -1,0 +1,324 @@
+"""A transformers cache over memory of its own, whose kept tokens are fewer than those seen.
+
+``KVCache`` goes wherever transformers takes ``past_key_values``. It tells the model how many
+tokens were *seen* (so positions continue where the text does) and the mask how many are *kept*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from chunkkv.compressed import CompressedKV, LayerShape, SpanShape
+from chunkkv.errors import InvalidInputError, MismatchError
+
+WHOLE: str = "whole"
+"""Policy name of spans that are kept as they are, without scores."""
+
+
+class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """One full-attention layer: a slab, of which the first ``kept_len`` tokens are filled.
+
+    The slab takes what was reserved, and doubles when that is full, so that the cost of growth
+    does not depend on the number of steps.
+    """
+
+    def __init__(self) -> None:
+        self.is_initialized = False
+        self.min_capacity = 0
+        self.kept_len = 0
+        self.seen_len = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """``(batch, num_kv_heads, kept_len, head_dim)``, a view."""
+        return None if self._keys is None else self._keys[:, :, : self.kept_len]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor) -> None:
+        self._keys = value
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """``(batch, num_kv_heads, kept_len, head_dim)``, a view."""
+        return None if self._values is None else self._values[:, :, : self.kept_len]
+
+    @values.setter
+    def values(self, value: torch.Tensor) -> None:
+        self._values = value
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values ``(batch, num_kv_heads, new, head_dim)``; return all of them."""
+        return self.append(key_states, value_states, seen=key_states.shape[-2])
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, *, seen: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append what was kept of ``seen`` tokens."""
+        start, stop = self.kept_len, self.kept_len + keys.shape[-2]
+        self._keys = self._with_room(self._keys, keys, stop)
+        self._values = self._with_room(self._values, values, stop)
+        self._keys[:, :, start:stop] = keys
+        self._values[:, :, start:stop] = values
+        self.kept_len, self.seen_len = stop, self.seen_len + seen
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make the next allocation large enough for ``num_tokens`` more."""
+        self.min_capacity = max(self.min_capacity, self.kept_len + num_tokens)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys a query sees at most, and the position that the first stands for.
+
+        Kept tokens stand directly before the query, whatever their real positions: causality
+        among them was settled when they were computed.
+        """
+        return self.kept_len + query_length, self.seen_len - self.kept_len
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen: the position of the next one."""
+        return self.seen_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, which must have been kept whole."""
+        removed = abs(tokens_to_remove)
+        self.kept_len -= removed
+        self.seen_len -= removed
+
+    def reset(self) -> None:
+        """Forget everything, but keep the memory."""
+        self.kept_len = self.seen_len = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(t.nbytes for t in (self._keys, self._values) if t is not None)
+
+    def _with_room(
+        self, slab: torch.Tensor | None, like: torch.Tensor, length: int
+    ) -> torch.Tensor:
+        if slab is not None and slab.shape[2] >= length:
+            return slab
+        capacity = max(length, self.min_capacity, 0 if slab is None else 2 * slab.shape[2])
+        batch, num_heads, _, dim = like.shape
+        # Not an inference tensor, whoever calls: it must stay writable outside inference mode.
+        with torch.inference_mode(False):
+            grown = torch.empty(
+                batch, num_heads, capacity, dim, dtype=like.dtype, device=like.device
+            )
+        if slab is not None:
+            grown[:, :, : self.kept_len] = slab[:, :, : self.kept_len]
+        return grown
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """The KV cache of a batch of sequences, in all layers of a model.
+
+    Args:
+        config: The model's transformers configuration: says which layers slide.
+
+    Raises:
+        InvalidInputError: A layer is neither full nor sliding-window attention.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(
+            layers=[
+                _own_layer(layer, index)
+                for index, layer in enumerate(DynamicCache(config=config).layers)
+            ]
+        )
+
+    @classmethod
+    def from_segments(
+        cls,
+        config: Any,
+        segments: Sequence[CompressedKV],
+        *,
+        extra_tokens: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:
+        """Return the cache of one sequence whose KV is kept in ``segments``, in order.
+
+        Args:
+            config: The model's transformers configuration.
+            segments: Spans that follow one another without a gap, from position 0.
+            extra_tokens: Room for tokens to come.
+            device: Where the model runs.
+
+        Raises:
+            MismatchError: The spans have a gap, or another number of layers than the model.
+            InvalidInputError: The heads of a layer keep different numbers of tokens.
+        """
+        cache = cls(config)
+        cache.reserve(sum(_longest(segment) for segment in segments) + extra_tokens)
+        for segment in segments:
+            cache.append_segment(segment.to(device))
+        return cache
+
+    @classmethod
+    def stack(cls, config: Any, rows: Sequence[KVCache]) -> KVCache:
+        """Return one cache for a batch, shorter rows padded on the left; see ``generation_inputs``.
+
+        Raises:
+            InvalidInputError: The model has sliding-window layers, and rows keep fewer tokens than
+                they saw in different measure: one mask cannot say both.
+        """
+        stacked = cls(config)
+        slides = any(layer.is_sliding for layer in stacked.layers)
+        dropped = {row.num_dropped_tokens for row in rows}
+        if slides and len(dropped) > 1:
+            raise InvalidInputError(
+                f"rows dropped {sorted(dropped)} tokens; on a model with sliding-window layers all "
+                "rows of a batch must drop equally many (run them one by one)"
+            )
+        seen = max(row.get_seq_length() for row in rows)
+        for index, layer in enumerate(stacked.layers):
+            parts = [row.layers[index] for row in rows]
+            keys = _pad_left([part.keys for part in parts])
+            values = _pad_left([part.values for part in parts])
+            if layer.is_sliding:
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values, layer.cumulative_length = keys, values, seen
+            else:
+                layer.append(keys, values, seen=seen)
+        return stacked
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for ``num_tokens`` more in every layer at the next allocation."""
+        for layer in self.layers:
+            if isinstance(layer, KeptLayer):
+                layer.reserve(num_tokens)
+
+    def append_segment(self, segment: CompressedKV) -> None:
+        """Append the span that follows the tokens seen so far. Batch of one.
+
+        Raises:
+            MismatchError: The span starts elsewhere, or has another number of layers.
+            InvalidInputError: The heads of a layer keep different numbers of tokens.
+        """
+        if len(segment.layers) != len(self.layers):
+            raise MismatchError(
+                f"span has {len(segment.layers)} layers, the model has {len(self.layers)}"
+            )
+        if segment.first_token != self.get_seq_length():
+            raise MismatchError(
+                f"span starts at token {segment.first_token}, "
+                f"the cache ends at token {self.get_seq_length()}"
+            )
+        for layer, kept in zip(self.layers, segment.layers, strict=True):
+            keys, values = (part[None] for part in kept.by_head())
+            if kept.is_sliding:
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys.clone(), values.clone()
+                layer.cumulative_length = segment.first_token + segment.num_tokens
+            else:
+                layer.append(keys, values, seen=segment.num_tokens)
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Kept tokens, averaged over full-attention layers, rounded."""
+        lengths = [layer.kept_len for layer in self.layers if isinstance(layer, KeptLayer)]
+        return round(sum(lengths) / len(lengths)) if lengths else 0
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        """Tokens that full-attention layers saw and did not keep, averaged, rounded."""
+        slides_only = not any(isinstance(layer, KeptLayer) for layer in self.layers)
+        return 0 if slides_only else self.get_seq_length() - self.num_kept_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory allocated."""
+        return sum(
+            layer.nbytes
+            if isinstance(layer, KeptLayer)
+            else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+            for layer in self.layers
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens seen: the position of the next one."""
+        return int(super().get_seq_length(layer_idx))
+
+    def take_tail(self, first_token: int, *, fingerprint: str = "") -> CompressedKV:
+        """Return the KV of all tokens from position ``first_token`` on, kept whole. A copy.
+
+        Args:
+            first_token: These tokens must have come through the model, uncompressed.
+            fingerprint: Of the model, for the span's identity.
+        """
+        num_tokens = self.get_seq_length() - first_token
+        if num_tokens < 1:
+            raise InvalidInputError(
+                f"no token at or after {first_token}; {self.get_seq_length()} were seen"
+            )
+        held = [_held(layer, num_tokens) for layer in self.layers]
+        index_lengths = sorted({keys.shape[1] for keys, _ in held})
+        shape = SpanShape(
+            fingerprint=fingerprint,
+            policy=WHOLE,
+            first_token=first_token,
+            num_tokens=num_tokens,
+            dtype=str(held[0][0].dtype).removeprefix("torch."),
+            layers=tuple(
+                LayerShape(
+                    lengths=(keys.shape[1],) * keys.shape[0],
+                    key_dim=keys.shape[2],
+                    value_dim=values.shape[2],
+                    index_list=index_lengths.index(keys.shape[1]),
+                    is_sliding=layer.is_sliding,
+                )
+                for layer, (keys, values) in zip(self.layers, held, strict=True)
+            ),
+            index_lengths=tuple(index_lengths),
+            has_scores=False,
+        )
+        span = CompressedKV.empty(shape, device=held[0][0].device)
+        end = self.get_seq_length()
+        for out, (keys, values) in zip(span.layers, held, strict=True):
+            out.keys.view(keys.shape).copy_(keys)
+            out.values.view(values.shape).copy_(values)
+            torch.arange(end - keys.shape[1], end, out=out.positions)
+        return span
+
+
+def _held(layer: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the last tokens' ``(num_kv_heads, n, dim)``; of a sliding layer, all that it holds."""
+    keys, values = layer.keys, layer.values
+    if layer.is_sliding:
+        return keys[0], values[0]
+    return keys[0, :, -num_tokens:], values[0, :, -num_tokens:]
+
+
+def _longest(segment: CompressedKV) -> int:
+    return max(max(layer.lengths) for layer in segment.layers)
+
+
+def _pad_left(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stack ``(1, num_kv_heads, n, dim)`` of different ``n``; padding is 0."""
+    longest = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows])
+
+
+def _own_layer(layer: Any, index: int) -> Any:
+    if type(layer) is DynamicLayer:
+        return KeptLayer()
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer
+    raise InvalidInputError(
+        f"layer {index} of the model keeps its state as {type(layer).__name__}; "
+        "full attention and sliding windows are supported"
+    )

@@ -1,0 +1,211 @@
+"""Compressed spans to bytes and back: a header, and parts of about 1 MiB.
+
+The header names everything (format version, identity, model, policy, shapes) and carries a
+checksum of itself and of every part; the parts are the span's memory, cut. Decoding opens views
+into memory that the caller received the parts into: nothing is copied, nothing is unpickled, and
+nothing is used before its checksum matched.
+
+Header: ``magic (4) | version (u16) | length of body (u32) | XXH3-64 of body (u64) | body (JSON)``,
+little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Final
+
+import torch
+import xxhash
+
+from chunkkv.compressed import CompressedKV, LayerShape, SpanShape, size_bytes
+from chunkkv.errors import CorruptError, FormatError, MismatchError
+
+MAGIC: Final = b"CKV\x01"
+VERSION: Final = 1
+PART_BYTES: Final = 1 << 20
+
+_PREFIX: Final = struct.Struct("<4sHIQ")
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedKV:
+    """A span as bytes.
+
+    Attributes:
+        header: To be stored last: it makes the parts an object.
+        parts: Views into the span's memory; valid while the span is.
+    """
+
+    header: bytes
+    parts: Sequence[memoryview]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of header and parts."""
+        return len(self.header) + sum(len(part) for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that was read and found intact.
+
+    Attributes:
+        identity: Name of the object, given when it was encoded.
+        shape: What the span is.
+        part_sizes: Bytes of each part.
+        part_checksums: XXH3-64 of each part.
+    """
+
+    identity: str
+    shape: SpanShape
+    part_sizes: tuple[int, ...]
+    part_checksums: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(self.part_sizes)
+
+    def check_part(self, index: int, part: Buffer) -> None:
+        """Check one part.
+
+        Raises:
+            CorruptError: Its size or checksum is another.
+        """
+        if len(part) != self.part_sizes[index]:
+            raise CorruptError(
+                f"part {index} of {self.identity} has {len(part)} bytes; "
+                f"its header says {self.part_sizes[index]}"
+            )
+        if xxhash.xxh3_64_intdigest(part) != self.part_checksums[index]:
+            raise CorruptError(f"part {index} of {self.identity} does not match its checksum")
+
+    def expect(self, *, identity: str | None = None, fingerprint: str | None = None) -> None:
+        """Check whose object this is.
+
+        Raises:
+            MismatchError: It is another object's, or another model's.
+        """
+        if identity is not None and identity != self.identity:
+            raise MismatchError(f"asked for object {identity}, found {self.identity}")
+        if fingerprint is not None and fingerprint != self.shape.fingerprint:
+            raise MismatchError(
+                f"object {self.identity} was made by model {self.shape.fingerprint}, "
+                f"not by {fingerprint}"
+            )
+
+    def open(self, memory: bytearray | memoryview) -> CompressedKV:
+        """Return the span in memory that holds its parts, checked before, end to end.
+
+        Args:
+            memory: Writable; at least ``size_bytes`` long. The span's tensors are views into it.
+        """
+        flat = torch.frombuffer(memory, dtype=torch.uint8, count=self.size_bytes)
+        return CompressedKV(self.shape, flat)
+
+
+def encode(kv: CompressedKV, *, identity: str, part_bytes: int = PART_BYTES) -> EncodedKV:
+    """Return header and parts of a span.
+
+    Args:
+        kv: On any device; the parts view its memory if that is the CPU's.
+        identity: Name of the object; a reader that asks for another one refuses it.
+        part_bytes: Size of the parts; the last one may be shorter.
+    """
+    flat = memoryview(kv.memory.cpu().numpy().data)
+    parts = [flat[start : start + part_bytes] for start in range(0, len(flat), part_bytes)]
+    body = json.dumps(
+        {
+            "identity": identity,
+            "part_sizes": [len(part) for part in parts],
+            "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
+            "shape": asdict(kv.shape),
+        },
+        separators=(",", ":"),
+    ).encode()
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(body), xxhash.xxh3_64_intdigest(body))
+    return EncodedKV(prefix + body, parts)
+
+
+def read_header(data: Buffer) -> Header:
+    """Read a header.
+
+    Raises:
+        FormatError: Not a header, or of a version that this library does not read.
+        CorruptError: Cut short, or damaged.
+    """
+    if len(data) < _PREFIX.size:
+        raise CorruptError(f"header has {len(data)} bytes, fewer than {_PREFIX.size}")
+    magic, version, length, checksum = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise FormatError(f"not a header of a KV object: it starts with {magic!r}, not {MAGIC!r}")
+    if version != VERSION:
+        raise FormatError(f"object of format version {version}; this library reads {VERSION}")
+    body = memoryview(data)[_PREFIX.size :]
+    if len(body) != length:
+        raise CorruptError(f"header body has {len(body)} bytes; its prefix says {length}")
+    if xxhash.xxh3_64_intdigest(body) != checksum:
+        raise CorruptError("header does not match its checksum")
+    return _header(json.loads(bytes(body)))
+
+
+def decode(
+    header: Buffer,
+    memory: bytearray | memoryview,
+    *,
+    identity: str | None = None,
+    fingerprint: str | None = None,
+) -> CompressedKV:
+    """Check and open a span whose parts lie in ``memory``, end to end.
+
+    The short way for callers that hold everything already; who receives part by part calls
+    ``read_header``, ``Header.check_part`` and ``Header.open``.
+
+    Args:
+        header: As ``encode`` made it.
+        memory: Writable. The span's tensors are views into it.
+        identity: The object that was asked for, if any.
+        fingerprint: The model that must have made it, if any.
+
+    Raises:
+        FormatError: Not a header, or of another version.
+        CorruptError: Header or a part is damaged or cut short.
+        MismatchError: Another object's or another model's.
+    """
+    found = read_header(header)
+    found.expect(identity=identity, fingerprint=fingerprint)
+    view = memoryview(memory)
+    if len(view) < found.size_bytes:
+        raise CorruptError(f"memory has {len(view)} bytes; the header says {found.size_bytes}")
+    for index, (start, stop) in enumerate(pairwise(accumulate(found.part_sizes, initial=0))):
+        found.check_part(index, view[start:stop])
+    return found.open(memory)
+
+
+def _header(body: dict[str, Any]) -> Header:
+    # The checksum matched, so whatever is wrong with the fields was written so.
+    try:
+        fields = dict(body["shape"])
+        layers = tuple(
+            LayerShape(**{**layer, "lengths": tuple(layer["lengths"])})
+            for layer in fields.pop("layers")
+        )
+        index_lengths = tuple(fields.pop("index_lengths"))
+        header = Header(
+            identity=body["identity"],
+            shape=SpanShape(**fields, layers=layers, index_lengths=index_lengths),
+            part_sizes=tuple(body["part_sizes"]),
+            part_checksums=tuple(int(checksum, 16) for checksum in body["part_checksums"]),
+        )
+        expected = size_bytes(header.shape)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"header lacks or misnames a field: {error}") from error
+    if expected != header.size_bytes:
+        raise FormatError(f"parts have {header.size_bytes} bytes; the shapes take {expected}")
+    return header

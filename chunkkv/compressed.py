@@ -1,0 +1,225 @@
+"""The compressed KV cache of one span of one sequence, in one piece of memory.
+
+The memory is laid out as it is stored and sent: layers are views into it, so encoding and decoding
+copy nothing. Kept counts may differ between layers and between KV heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from chunkkv.errors import InvalidInputError
+
+ALIGNMENT: Final = 64
+
+# Positions and scores of the tokens that are kept.
+POSITION_DTYPE: Final = torch.int32
+SCORE_DTYPE: Final = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Shape of one layer's kept KV.
+
+    Attributes:
+        lengths: Kept tokens of each KV head.
+        key_dim: Width of a key.
+        value_dim: Width of a value.
+        index_list: Which index list names its positions.
+        is_sliding: The layer sees a sliding window, and holds what the model holds for it.
+    """
+
+    lengths: tuple[int, ...]
+    key_dim: int
+    value_dim: int
+    index_list: int
+    is_sliding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SpanShape:
+    """Everything about a compressed span but its tensors' contents.
+
+    Attributes:
+        fingerprint: The model that computed it (``model_fingerprint``).
+        policy: ``CompressionPolicy.canonical()`` of the policy that chose it.
+        first_token: Position of the span's first token in the sequence.
+        num_tokens: Tokens of the span, kept or not.
+        dtype: Of keys and values, for example ``float32``.
+        layers: One for each layer of the model.
+        index_lengths: Entries of each index list. A list as long as the heads of its layer
+            together holds their positions one head after another; else the heads share it.
+        has_scores: Whether each position comes with a score.
+    """
+
+    fingerprint: str
+    policy: str
+    first_token: int
+    num_tokens: int
+    dtype: str
+    layers: tuple[LayerShape, ...]
+    index_lengths: tuple[int, ...]
+    has_scores: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """Views of one layer.
+
+    Attributes:
+        keys: ``(sum(lengths), key_dim)``, one head after another.
+        values: ``(sum(lengths), value_dim)``.
+        positions: ``(kept,)`` int32, shared by the heads, or ``(sum(lengths),)``.
+        scores: As ``positions``, float32, or ``None``.
+        lengths: Kept tokens of each KV head.
+        is_sliding: The layer sees a sliding window.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    scores: torch.Tensor | None
+    lengths: tuple[int, ...]
+    is_sliding: bool
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all heads keep equally many tokens."""
+        return len(set(self.lengths)) == 1
+
+    def by_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as ``(num_kv_heads, kept, dim)``.
+
+        Raises:
+            InvalidInputError: The heads keep different numbers of tokens.
+        """
+        if not self.is_uniform:
+            raise InvalidInputError(f"heads keep {self.lengths} tokens; they form no rectangle")
+        num_heads, kept = len(self.lengths), self.lengths[0]
+        return (
+            self.keys.view(num_heads, kept, self.keys.shape[-1]),
+            self.values.view(num_heads, kept, self.values.shape[-1]),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedKV:
+    """Kept keys and values of a contiguous span of one sequence, in all layers.
+
+    Attributes:
+        shape: What it is.
+        memory: ``(size_bytes,)`` uint8: the tensors, as they are stored.
+        layers: Views into ``memory``.
+    """
+
+    shape: SpanShape
+    memory: torch.Tensor
+    layers: tuple[LayerKV, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _views(self.shape, self.memory))
+
+    @classmethod
+    def empty(cls, shape: SpanShape, *, device: torch.device | str = "cpu") -> CompressedKV:
+        """Allocate memory for a span; its contents are undefined, but for zeros in the gaps."""
+        memory = torch.empty(size_bytes(shape), dtype=torch.uint8, device=device)
+        end = 0
+        for region in _regions(shape):
+            memory[end : region.start] = 0
+            end = region.stop
+        memory[end:] = 0
+        return cls(shape, memory)
+
+    @property
+    def first_token(self) -> int:
+        """Position of the span's first token."""
+        return self.shape.first_token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the span, kept or not."""
+        return self.shape.num_tokens
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Kept tokens, averaged over KV heads and full-attention layers, rounded."""
+        counts = [n for layer in self.shape.layers if not layer.is_sliding for n in layer.lengths]
+        return round(sum(counts) / len(counts)) if counts else 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of keys, values, positions and scores."""
+        return self.memory.numel()
+
+    def to(self, device: torch.device | str) -> CompressedKV:
+        """Return it on a device, in one copy; itself if it is there already."""
+        moved = self.memory.to(device)
+        return self if moved is self.memory else CompressedKV(self.shape, moved)
+
+
+def size_bytes(shape: SpanShape) -> int:
+    """Return the bytes of memory that a span takes."""
+    return _align(max((region.stop for region in _regions(shape)), default=0))
+
+
+def _views(shape: SpanShape, memory: torch.Tensor) -> tuple[LayerKV, ...]:
+    if memory.dtype != torch.uint8 or memory.shape != (size_bytes(shape),):
+        raise InvalidInputError(
+            f"memory is {memory.dtype} {tuple(memory.shape)}; "
+            f"this span takes uint8 ({size_bytes(shape)},)"
+        )
+    regions = iter(_regions(shape))
+
+    def view(dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+        region = next(regions)
+        return memory[region].view(dtype).view(*sizes)
+
+    lists = [
+        (view(POSITION_DTYPE, n), view(SCORE_DTYPE, n) if shape.has_scores else None)
+        for n in shape.index_lengths
+    ]
+    return tuple(
+        LayerKV(
+            keys=view(shape.torch_dtype, sum(layer.lengths), layer.key_dim),
+            values=view(shape.torch_dtype, sum(layer.lengths), layer.value_dim),
+            positions=lists[layer.index_list][0],
+            scores=lists[layer.index_list][1],
+            lengths=layer.lengths,
+            is_sliding=layer.is_sliding,
+        )
+        for layer in shape.layers
+    )
+
+
+def _regions(shape: SpanShape) -> Sequence[slice]:
+    """Return where each tensor lies: index lists first, then keys and values layer by layer."""
+    sizes: list[int] = []
+    for length in shape.index_lengths:
+        sizes.append(length * POSITION_DTYPE.itemsize)
+        if shape.has_scores:
+            sizes.append(length * SCORE_DTYPE.itemsize)
+    for layer in shape.layers:
+        kept = sum(layer.lengths)
+        sizes += [
+            kept * dim * shape.torch_dtype.itemsize for dim in (layer.key_dim, layer.value_dim)
+        ]
+    regions, start = [], 0
+    for size in sizes:
+        regions.append(slice(start, start + size))
+        start = _align(start + size)
+    return regions
+
+
+def _align(size: int) -> int:
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT

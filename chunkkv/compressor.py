@@ -1,0 +1,174 @@
+"""The compression stage: score, select, gather. A cache in, a compressed span out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+
+from chunkkv.attention import QueryProbe
+from chunkkv.cache import KeptLayer, KVCache
+from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
+from chunkkv.errors import InvalidInputError
+from chunkkv.policy import CompressionPolicy
+from chunkkv.scoring import window_scores
+from chunkkv.selection import Selection, scored_layers, select
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt's full KV cache and what is needed to compress it.
+
+    Attributes:
+        cache: Holds, for each row, the sequence's prefix, then the span, right-aligned.
+        probe: Queries of the last tokens.
+        first_token: Position of the span's first token (0 unless there is a prefix).
+        num_tokens: For each row, tokens of the span; shorter rows are padded on the left.
+        fingerprint: Of the model.
+    """
+
+    cache: KVCache
+    probe: QueryProbe
+    first_token: int
+    num_tokens: tuple[int, ...]
+    fingerprint: str
+
+
+@torch.no_grad()
+def compress(prefilled: Prefilled, policy: CompressionPolicy) -> list[CompressedKV]:
+    """Return what ``policy`` keeps of each row's span.
+
+    The prefix, if there is one, is neither scored nor compressed again.
+
+    Raises:
+        InvalidInputError: The probe saw no queries, or the scores are not finite.
+    """
+    layers = prefilled.cache.layers
+    full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
+    scores = _scores(prefilled, policy, full)  # (batch, scored layers, num_kv_heads, longest span)
+    return [
+        _compress_row(prefilled, policy, full, row, scores[row, ..., -num_tokens:])
+        for row, num_tokens in enumerate(prefilled.num_tokens)
+    ]
+
+
+def _scores(prefilled: Prefilled, policy: CompressionPolicy, full: list[int]) -> torch.Tensor:
+    probe, longest = prefilled.probe, max(prefilled.num_tokens)
+    padding = torch.tensor([longest - n for n in prefilled.num_tokens])
+    scored = [full[i] for i in scored_layers(policy, len(full))]
+    if not scored:
+        return torch.zeros(len(prefilled.num_tokens), 0, 1, longest)
+    missing = [index for index in scored if index not in probe.queries]
+    if missing:
+        raise InvalidInputError(f"no queries of layers {missing} were seen; was the model run?")
+    rows = []
+    for index in scored:
+        keys = prefilled.cache.layers[index].keys
+        scores = window_scores(
+            probe.queries[index][:, :, -policy.window_size :],
+            keys,
+            scaling=probe.scaling[index],
+            softcap=probe.softcap[index],
+            num_padding=padding if padding.any() else None,
+        )
+        rows.append(scores[..., -longest:])
+    return torch.stack(rows, dim=1)
+
+
+def _compress_row(
+    prefilled: Prefilled,
+    policy: CompressionPolicy,
+    full: list[int],
+    row: int,
+    scores: torch.Tensor,
+) -> CompressedKV:
+    """Compress one row; ``scores`` is ``(scored layers, num_kv_heads, num_tokens)``."""
+    num_tokens = prefilled.num_tokens[row]
+    selection = select(scores, policy, num_layers=len(full)) if full else Selection((), ())
+    shape = _shape(prefilled, policy, full, row, selection)
+    span = CompressedKV.empty(shape, device=prefilled.cache.layers[0].keys.device)
+    written: set[int] = set()
+    for index, (layer, out) in enumerate(zip(prefilled.cache.layers, span.layers, strict=True)):
+        keys, values = layer.keys[row], layer.values[row]
+        if out.is_sliding:
+            _copy_sliding(keys, values, out, end=prefilled.first_token + num_tokens)
+            continue
+        ordinal = full.index(index)
+        positions = selection.lists[selection.list_of_layer[ordinal]]  # (lists, kept)
+        _gather(keys, positions + (keys.shape[1] - num_tokens), out.keys)
+        _gather(values, positions + (values.shape[1] - num_tokens), out.values)
+        which = shape.layers[index].index_list
+        if which not in written:
+            written.add(which)
+            shared = _list_scores(scores, policy, selection.list_of_layer[ordinal])
+            out.positions.copy_((positions + prefilled.first_token).flatten())
+            _scores_of(out).copy_(shared.gather(1, positions).flatten())
+    return span
+
+
+def _shape(
+    prefilled: Prefilled,
+    policy: CompressionPolicy,
+    full: list[int],
+    row: int,
+    selection: Selection,
+) -> SpanShape:
+    lists = [positions.numel() for positions in selection.lists]
+    sliding_lists: dict[int, int] = {}  # sliding layers that hold equally many tokens share a list
+    layers = []
+    for index, layer in enumerate(prefilled.cache.layers):
+        num_heads, held, key_dim = layer.keys.shape[1:]
+        if index in full:
+            which = selection.list_of_layer[full.index(index)]
+            kept = selection.lists[which].shape[-1]
+        else:
+            kept = min(held, prefilled.first_token + prefilled.num_tokens[row])
+            which = sliding_lists.setdefault(kept, len(lists))
+            lists[which:] = [kept]
+        layers.append(
+            LayerShape(
+                (kept,) * num_heads, key_dim, layer.values.shape[-1], which, index not in full
+            )
+        )
+    return SpanShape(
+        fingerprint=prefilled.fingerprint,
+        policy=policy.canonical(),
+        first_token=prefilled.first_token,
+        num_tokens=prefilled.num_tokens[row],
+        dtype=str(prefilled.cache.layers[0].keys.dtype).removeprefix("torch."),
+        layers=tuple(layers),
+        index_lengths=tuple(lists),
+        has_scores=True,
+    )
+
+
+def _list_scores(scores: torch.Tensor, policy: CompressionPolicy, which: int) -> torch.Tensor:
+    """Return the scores that list ``which`` was chosen by, ``(lists, seq_len)``."""
+    if policy.scope == "head":
+        return scores[which]
+    if policy.scope == "global":
+        return scores.sum(dim=(0, 1))[None]
+    return scores[which].sum(dim=0, keepdim=True)
+
+
+def _scores_of(out: LayerKV) -> torch.Tensor:
+    assert out.scores is not None  # spans that this module makes have them
+    return out.scores
+
+
+def _gather(source: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy ``source[h, positions[h or 0]]`` into ``out``, head after head."""
+    num_heads, _, dim = source.shape
+    target = out.view(num_heads, -1, dim)
+    if positions.shape[0] == 1:
+        torch.index_select(source, 1, positions[0], out=target)
+        return
+    for head in range(num_heads):
+        torch.index_select(source[head], 0, positions[head], out=target[head])
+
+
+def _copy_sliding(keys: torch.Tensor, values: torch.Tensor, out: LayerKV, *, end: int) -> None:
+    held = out.lengths[0]
+    out.keys.view(keys.shape[0], held, -1).copy_(keys[:, keys.shape[1] - held :])
+    out.values.view(values.shape[0], held, -1).copy_(values[:, values.shape[1] - held :])
+    torch.arange(end - held, end, out=out.positions)
+    _scores_of(out).zero_()

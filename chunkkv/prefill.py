@@ -1,0 +1,171 @@
+"""Prefill: prompts in, compressed KV caches out, through any transformers decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from chunkkv.attention import PROBE_ARGUMENT, QueryProbe, observable
+from chunkkv.cache import KVCache
+from chunkkv.compressed import CompressedKV
+from chunkkv.compressor import Prefilled, compress
+from chunkkv.errors import InvalidInputError
+from chunkkv.fingerprint import model_fingerprint
+from chunkkv.policy import CompressionPolicy
+
+
+def prefill(
+    model: Any,
+    input_ids: torch.Tensor,
+    policy: CompressionPolicy,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    prefill_chunk_tokens: int | None = None,
+) -> list[CompressedKV]:
+    """Run a model over prompts and keep what ``policy`` says of their KV cache.
+
+    Args:
+        model: A transformers decoder for causal language modelling.
+        input_ids: ``(batch, seq_len)`` int64. All of them are run: to go on generating, hold the
+            last token of each prompt back (see ``generation_inputs``).
+        policy: What to keep.
+        attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
+        prefill_chunk_tokens: Run the prompt in pieces of so many tokens, to bound memory.
+
+    Returns:
+        One span for each row. Rows do not influence each other.
+
+    Raises:
+        InvalidInputError: Shapes do not fit, a row is empty, or padding is not on the left.
+    """
+    prefilled = run_prefill(
+        model,
+        input_ids,
+        window_size=policy.window_size,
+        attention_mask=attention_mask,
+        prefill_chunk_tokens=prefill_chunk_tokens,
+    )
+    return compress(prefilled, policy)
+
+
+@torch.no_grad()
+def run_prefill(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    window_size: int,
+    attention_mask: torch.Tensor | None = None,
+    past: KVCache | None = None,
+    prefill_chunk_tokens: int | None = None,
+    fingerprint: str | None = None,
+    before_chunk: Callable[[], None] = lambda: None,
+) -> Prefilled:
+    """Run a model over prompts and return the full KV cache with the last tokens' queries.
+
+    Args:
+        model: A transformers decoder.
+        input_ids: ``(batch, seq_len)`` int64, at least one token each.
+        window_size: Tokens whose queries are kept.
+        attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
+        past: The sequence's earlier KV, for a batch of one without padding; it is extended.
+        prefill_chunk_tokens: Tokens in one forward pass at most; all at once if ``None``.
+        fingerprint: Of the model; computed if not given.
+        before_chunk: Called before each forward pass. What it raises ends the prefill.
+
+    Raises:
+        InvalidInputError: Shapes do not fit, a row is empty, or padding is not on the left.
+    """
+    batch, seq_len = input_ids.shape
+    num_tokens = _row_lengths(input_ids, attention_mask)
+    if past is not None and (batch > 1 or num_tokens != (seq_len,)):
+        raise InvalidInputError("a prompt on top of earlier KV must be one row without padding")
+    cache = past if past is not None else KVCache(model.config)
+    first_token = cache.get_seq_length()
+    cache.reserve(seq_len)
+
+    padding = seq_len - torch.tensor(num_tokens, device=input_ids.device)
+    positions = torch.arange(seq_len, device=input_ids.device) - padding[:, None]
+    positions = positions.clamp(min=0) + first_token  # (batch, seq_len)
+    probe = QueryProbe(window_size)
+    with observable(model):
+        for start in range(0, seq_len, prefill_chunk_tokens or seq_len):
+            before_chunk()
+            stop = min(start + (prefill_chunk_tokens or seq_len), seq_len)
+            # The model without its head: no logits are wanted.
+            model.base_model(
+                input_ids=input_ids[:, start:stop],
+                attention_mask=None if attention_mask is None else attention_mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                **{PROBE_ARGUMENT: probe},
+            )
+    return Prefilled(
+        cache=cache,
+        probe=probe,
+        first_token=first_token,
+        num_tokens=num_tokens,
+        fingerprint=model_fingerprint(model) if fingerprint is None else fingerprint,
+    )
+
+
+def generation_inputs(
+    model: Any, segments: Sequence[Sequence[CompressedKV]], token_ids: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Return keyword arguments for transformers' ``model.generate`` that continue from kept KV.
+
+    Args:
+        model: The model that computed the segments.
+        segments: For each row, its spans in order.
+        token_ids: For each row, ``(tokens,)``: the whole text, of which all rows must have
+            equally many tokens behind their spans, at least one.
+
+    Raises:
+        InvalidInputError: Nothing is left to run, rows do not fit together, or rows of different
+            kept lengths meet a model with sliding-window layers.
+        MismatchError: Segments do not follow one another.
+    """
+    caches = [KVCache.from_segments(model.config, row, device=model.device) for row in segments]
+    pending = {
+        len(ids) - cache.get_seq_length() for ids, cache in zip(token_ids, caches, strict=True)
+    }
+    if len(pending) != 1 or min(pending) < 1:
+        raise InvalidInputError(
+            f"rows have {sorted(pending)} tokens behind their kept KV; "
+            "they need equally many, at least one"
+        )
+    seen = [len(ids) for ids in token_ids]
+    longest = max(seen)
+    # Columns of a row that hold nothing: its padding, and the room of what it dropped.
+    hidden = [longest - n + cache.num_dropped_tokens for n, cache in zip(seen, caches, strict=True)]
+    columns = torch.arange(longest, device=model.device)
+    left = torch.tensor([longest - n for n in seen], device=model.device)[:, None]
+    ids = torch.zeros(len(seen), longest, dtype=torch.int64, device=model.device)
+    for row, tokens in enumerate(token_ids):
+        ids[row, longest - len(tokens) :] = tokens.to(model.device)
+    return {
+        "input_ids": ids,
+        "attention_mask": (columns >= torch.tensor(hidden, device=model.device)[:, None]).long(),
+        "position_ids": (columns - left).clamp(min=0),
+        "past_key_values": caches[0] if len(caches) == 1 else KVCache.stack(model.config, caches),
+    }
+
+
+def _row_lengths(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[int, ...]:
+    batch, seq_len = input_ids.shape
+    if seq_len == 0:
+        raise InvalidInputError("prompt has no tokens; give at least one")
+    if attention_mask is None:
+        return (seq_len,) * batch
+    if attention_mask.shape != input_ids.shape:
+        raise InvalidInputError(
+            f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        )
+    lengths = attention_mask.long().sum(dim=1)
+    if (attention_mask.long().diff(dim=1) < 0).any():
+        raise InvalidInputError("padding must be on the left of every row")
+    if (lengths == 0).any():
+        raise InvalidInputError("a row is nothing but padding")
+    return tuple(lengths.tolist())
