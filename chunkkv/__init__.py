@@ -6,7 +6,7 @@ Source: https://arxiv.org/abs/2502.00299.
 from chunkkv.attention import QueryProbe, make_observable, observable
 from chunkkv.cache import KVCache
 from chunkkv.codec import EncodedKV, Header, decode, encode, read_header
-from chunkkv.compressed import CompressedKV, LayerKV
+from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
 from chunkkv.compressor import Prefilled, compress
 from chunkkv.errors import (
     ChunkKVError,
@@ -34,10 +34,12 @@ __all__ = [
     "InvalidPolicyError",
     "KVCache",
     "LayerKV",
+    "LayerShape",
     "MismatchError",
     "Prefilled",
     "QueryProbe",
     "Selection",
+    "SpanShape",
     "compress",
     "decode",
     "encode",

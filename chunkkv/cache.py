@@ -173,16 +173,15 @@ class KVCache(Cache):  # type: ignore[misc]
         """Return one cache for a batch, shorter rows padded on the left; see ``generation_inputs``.
 
         Raises:
-            InvalidInputError: The model has sliding-window layers, and rows keep fewer tokens than
-                they saw in different measure: one mask cannot say both.
+            InvalidInputError: The model has sliding-window layers and a row dropped tokens: one
+                mask cannot say which columns each kind of layer holds.
         """
         stacked = cls(config)
         slides = any(layer.is_sliding for layer in stacked.layers)
-        dropped = {row.num_dropped_tokens for row in rows}
-        if slides and len(dropped) > 1:
+        if slides and any(row.num_dropped_tokens for row in rows):
             raise InvalidInputError(
-                f"rows dropped {sorted(dropped)} tokens; on a model with sliding-window layers all "
-                "rows of a batch must drop equally many (run them one by one)"
+                "rows of a batch that dropped tokens cannot share a mask on a model with "
+                "sliding-window layers; run them one by one"
             )
         seen = max(row.get_seq_length() for row in rows)
         for index, layer in enumerate(stacked.layers):

@@ -72,6 +72,12 @@ class SpanShape:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    @property
+    def num_kept_tokens(self) -> int:
+        """Kept tokens, averaged over KV heads and full-attention layers, rounded."""
+        counts = [n for layer in self.layers if not layer.is_sliding for n in layer.lengths]
+        return round(sum(counts) / len(counts)) if counts else 0
+
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
@@ -154,8 +160,7 @@ class CompressedKV:
     @property
     def num_kept_tokens(self) -> int:
         """Kept tokens, averaged over KV heads and full-attention layers, rounded."""
-        counts = [n for layer in self.shape.layers if not layer.is_sliding for n in layer.lengths]
-        return round(sum(counts) / len(counts)) if counts else 0
+        return self.shape.num_kept_tokens
 
     @property
     def size_bytes(self) -> int:

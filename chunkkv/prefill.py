@@ -140,6 +140,8 @@ def generation_inputs(
     longest = max(seen)
     # Columns of a row that hold nothing: its padding, and the room of what it dropped.
     hidden = [longest - n + cache.num_dropped_tokens for n, cache in zip(seen, caches, strict=True)]
+    if len(caches) == 1:
+        hidden = [0]  # the cache itself tells the mask how much a single row dropped
     columns = torch.arange(longest, device=model.device)
     left = torch.tensor([longest - n for n in seen], device=model.device)[:, None]
     ids = torch.zeros(len(seen), longest, dtype=torch.int64, device=model.device)

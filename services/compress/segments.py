@@ -1,0 +1,164 @@
+"""Segments: compressed spans under their content address, to the store and back.
+
+Turns errors of ``chunkkv`` into errors of the services; knows no model. Everything here blocks:
+call it from a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import chunkkv
+from chunkserve.v1 import manifest_pb2, session_pb2
+from services.runtime.errors import CorruptError, InvalidRequestError, MismatchError
+from services.store.base import SegmentStore
+
+# Changes when segments of the same name would mean something else.
+_ID_VERSION = b"segment/1"
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedSegments:
+    """Segments that were fetched and found intact.
+
+    Attributes:
+        kv: The spans, in the order asked for, in memory of their own.
+        size_bytes: Bytes received.
+        fetch_ms: Milliseconds to receive, check and open them.
+    """
+
+    kv: list[chunkkv.CompressedKV]
+    size_bytes: int
+    fetch_ms: float
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Turn the errors of ``chunkkv`` inside the block into errors of the services."""
+    try:
+        yield
+    except (chunkkv.InvalidPolicyError, chunkkv.InvalidInputError) as error:
+        raise InvalidRequestError(str(error)) from error
+    except chunkkv.CorruptError as error:
+        raise CorruptError(f"stored KV is damaged: {error}") from error
+    except chunkkv.FormatError as error:
+        raise MismatchError(str(error), reason="FORMAT_MISMATCH") from error
+    except chunkkv.MismatchError as error:
+        raise MismatchError(str(error)) from error
+
+
+def segment_id(
+    manifest: manifest_pb2.Manifest, *, num_tokens: int, policy: str, fingerprint: str
+) -> str:
+    """Return the content address of the segment that follows the manifest's last one.
+
+    A hash chain over parent, tokens, policy, model and tenant: equal prefixes compressed equally
+    have equal names, so nobody computes them twice. A one-off request's segments get names of
+    their own, because they are deleted with it.
+
+    Args:
+        manifest: Its token ids reach at least to the end of the new span.
+        num_tokens: Tokens of the new span.
+        policy: What it was compressed by (``CompressionPolicy.canonical()``).
+        fingerprint: Of the model.
+    """
+    start = covered_tokens(manifest)
+    parent = manifest.segments[-1].segment_id if manifest.segments else ""
+    digest = hashlib.sha256(_ID_VERSION)
+    for name in (manifest.tenant, fingerprint, parent, policy):
+        digest.update(len(name).to_bytes(4, "little") + name.encode())
+    for token in manifest.token_ids[start : start + num_tokens]:
+        digest.update(token.to_bytes(4, "little"))
+    if not manifest.session_id:
+        digest.update(secrets.token_bytes(16))
+    return digest.hexdigest()[:32]
+
+
+def covered_tokens(manifest: manifest_pb2.Manifest) -> int:
+    """Return how many leading tokens have their KV in segments; those behind are pending."""
+    if not manifest.segments:
+        return 0
+    last = manifest.segments[-1]
+    return last.first_token + last.num_tokens
+
+
+def store_segment(
+    store: SegmentStore,
+    kv: chunkkv.CompressedKV,
+    manifest: manifest_pb2.Manifest,
+    *,
+    ttl_s: float,
+) -> session_pb2.Segment:
+    """Store a span that follows the manifest's last segment, unless the store has it already.
+
+    Raises:
+        UnavailableError, OverloadedError: The store is away, or full.
+    """
+    name = segment_id(
+        manifest,
+        num_tokens=kv.num_tokens,
+        policy=kv.shape.policy,
+        fingerprint=kv.shape.fingerprint,
+    )
+    encoded = chunkkv.encode(kv, identity=name)
+    if not store.has_segment(name, ttl_s=ttl_s):
+        store.put_segment(name, encoded.header, encoded.parts, ttl_s=ttl_s)
+    return describe(name, kv.shape, encoded.size_bytes)
+
+
+def find_segment(store: SegmentStore, name: str, *, ttl_s: float) -> session_pb2.Segment | None:
+    """Return the segment of this name if the store has it, its life extended.
+
+    Raises:
+        CorruptError: It is damaged.
+    """
+    if not store.has_segment(name, ttl_s=ttl_s):
+        return None
+    data = store.get_header(name)
+    with library_errors():
+        header = chunkkv.read_header(data)
+        header.expect(identity=name)
+    return describe(name, header.shape, header.size_bytes + len(data))
+
+
+def describe(name: str, shape: chunkkv.SpanShape, size_bytes: int) -> session_pb2.Segment:
+    """Return a manifest's entry for a segment."""
+    return session_pb2.Segment(
+        segment_id=name,
+        first_token=shape.first_token,
+        num_tokens=shape.num_tokens,
+        num_kept_tokens=shape.num_kept_tokens,
+        size_bytes=size_bytes,
+    )
+
+
+def fetch_segments(
+    store: SegmentStore, segments: Sequence[session_pb2.Segment], *, fingerprint: str
+) -> FetchedSegments:
+    """Fetch segments and check every byte before it is used.
+
+    Raises:
+        NotFoundError: A segment, or a part of it, is not in the store any more.
+        CorruptError: A segment is damaged.
+        MismatchError: A segment is another model's, or of another format version.
+    """
+    started = time.perf_counter()
+    spans, size_bytes = [], 0
+    for segment in segments:
+        data = store.get_header(segment.segment_id)
+        with library_errors():
+            header = chunkkv.read_header(data)
+            header.expect(identity=segment.segment_id, fingerprint=fingerprint)
+        memory = bytearray(header.size_bytes)
+        parts = store.fetch_parts(segment.segment_id, header.part_sizes, memoryview(memory))
+        for index, part in enumerate(parts):
+            with library_errors():
+                header.check_part(index, part)
+        spans.append(header.open(memory))
+        size_bytes += header.size_bytes + len(data)
+    return FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)
