@@ -252,7 +252,7 @@ class KVCache(Cache):  # type: ignore[misc]
         """Return the tokens seen: the position of the next one."""
         return int(super().get_seq_length(layer_idx))
 
-    def take_tail(self, first_token: int, *, fingerprint: str = "") -> CompressedKV:
+    def take_tail(self, first_token: int, *, fingerprint: str) -> CompressedKV:
         """Return the KV of all tokens from position ``first_token`` on, kept whole. A copy.
 
         Args:

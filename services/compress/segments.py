@@ -62,17 +62,20 @@ def segment_id(
     their own, because they are deleted with it.
 
     Args:
-        manifest: Its token ids reach at least to the end of the new span.
+        manifest: Its token ids must reach at least to the end of the new span.
         num_tokens: Tokens of the new span.
         policy: What it was compressed by (``CompressionPolicy.canonical()``).
         fingerprint: Of the model.
     """
     start = covered_tokens(manifest)
+    tokens = manifest.token_ids[start : start + num_tokens]
+    if len(tokens) < num_tokens:
+        raise ValueError(f"manifest has {len(tokens)} of the span's {num_tokens} tokens")
     parent = manifest.segments[-1].segment_id if manifest.segments else ""
     digest = hashlib.sha256(_ID_VERSION)
     for name in (manifest.tenant, fingerprint, parent, policy):
         digest.update(len(name).to_bytes(4, "little") + name.encode())
-    for token in manifest.token_ids[start : start + num_tokens]:
+    for token in tokens:
         digest.update(token.to_bytes(4, "little"))
     if not manifest.session_id:
         digest.update(secrets.token_bytes(16))

@@ -51,10 +51,16 @@ def load_model(
         name: The name that requests give; the last part of ``path`` if empty.
         device: A torch device, for example ``cpu`` or ``cuda:0``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        SystemExit: There is no such model, or it cannot be read; the message says which.
     """
     torch_dtype = dtype if dtype == "auto" else DTYPES[dtype]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot load the model {path!r}: {error}") from error
     return LoadedModel(
         name=name or os.path.basename(os.path.normpath(path)),
         model=model,

@@ -1,0 +1,1 @@
+"""The prefill worker: prompts in, stored KV segments out."""

@@ -1,0 +1,64 @@
+"""Compression policies: from the wire to the library and back."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import chunkkv
+from chunkserve.v1 import types_pb2
+from services.compress.segments import library_errors
+
+_SCORERS: Final[dict[int, str]] = {types_pb2.SCORER_WINDOW: "window"}
+_UNITS: Final[dict[int, str]] = {types_pb2.UNIT_CHUNK: "chunk", types_pb2.UNIT_TOKEN: "token"}
+_SCOPES: Final[dict[int, str]] = {
+    types_pb2.SCOPE_HEAD: "head",
+    types_pb2.SCOPE_LAYER: "layer",
+    types_pb2.SCOPE_GROUP: "group",
+    types_pb2.SCOPE_GLOBAL: "global",
+}
+_ENUMS: Final[dict[str, dict[int, str]]] = {"scorer": _SCORERS, "unit": _UNITS, "scope": _SCOPES}
+_INTEGERS: Final = ("chunk_size", "window_size", "sink_tokens", "reuse_interval")
+
+
+def from_wire(
+    message: types_pb2.CompressionPolicy, default: chunkkv.CompressionPolicy
+) -> chunkkv.CompressionPolicy:
+    """Return the policy that a message asks for; what it leaves unset is the default's.
+
+    Raises:
+        InvalidRequestError: A value is out of range.
+    """
+    values = {name: getattr(default, name) for name in (*_ENUMS, *_INTEGERS)}
+    values |= {name: getattr(message, name) for name in _INTEGERS if message.HasField(name)}
+    values |= {
+        name: names.get(getattr(message, name), f"number {getattr(message, name)}")
+        for name, names in _ENUMS.items()
+        if getattr(message, name)
+    }
+    budget = message.WhichOneof("budget")
+    with library_errors():
+        if budget is None:
+            return chunkkv.CompressionPolicy(
+                keep_ratio=None if default.max_kept_tokens is not None else default.keep_ratio,
+                max_kept_tokens=default.max_kept_tokens,
+                **values,
+            )
+        return chunkkv.CompressionPolicy(**{budget: getattr(message, budget)}, **values)
+
+
+def to_wire(policy: chunkkv.CompressionPolicy) -> types_pb2.CompressionPolicy:
+    """Return a message with every field set."""
+    message = types_pb2.CompressionPolicy()
+    for name in _INTEGERS:
+        setattr(message, name, getattr(policy, name))
+    for name, names in _ENUMS.items():
+        setattr(message, name, _number(names, getattr(policy, name)))
+    if policy.max_kept_tokens is not None:
+        message.max_kept_tokens = policy.max_kept_tokens
+    elif policy.keep_ratio is not None:
+        message.keep_ratio = policy.keep_ratio
+    return message
+
+
+def _number(names: dict[int, str], value: str) -> int:
+    return next(number for number, name in names.items() if name == value)

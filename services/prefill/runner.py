@@ -1,0 +1,135 @@
+"""Runs the model over new tokens, one prompt at a time, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+import chunkkv
+from services.compress.segments import library_errors
+from services.models.loader import LoadedModel
+from services.runtime.errors import OverloadedError
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A prompt that was run and compressed.
+
+    Attributes:
+        kv: What was kept of its new tokens.
+        prefill_ms: Milliseconds of forward passes.
+        compression_ms: Milliseconds to score, select and gather.
+    """
+
+    kv: chunkkv.CompressedKV
+    prefill_ms: float
+    compression_ms: float
+
+
+class PrefillRunner:
+    """The model, behind a bounded queue.
+
+    Args:
+        loaded: The model. Its attention is made observable for good.
+        prefill_chunk_tokens: Tokens in one forward pass at most.
+        queue_size: Prompts that wait at most, beside the one that runs.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, prefill_chunk_tokens: int, queue_size: int) -> None:
+        self._loaded = loaded
+        self._chunk_tokens = prefill_chunk_tokens
+        self._most = queue_size + 1
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.num_active = 0
+        chunkkv.make_observable(loaded.model)
+
+    @property
+    def num_slots(self) -> int:
+        """Prompts that run or wait at most."""
+        return self._most
+
+    async def run(
+        self,
+        token_ids: Sequence[int],
+        prefix: Sequence[chunkkv.CompressedKV],
+        policy: chunkkv.CompressionPolicy,
+    ) -> RunResult:
+        """Run the model over ``token_ids`` behind ``prefix``, and keep what ``policy`` says.
+
+        If the caller is cancelled, the run ends before its next forward pass.
+
+        Raises:
+            OverloadedError: Too many prompts wait.
+            InvalidRequestError: The prefix does not fit.
+        """
+        if self.num_active >= self._most:
+            raise OverloadedError(
+                f"{self.num_active} prompts are running or waiting, the most that this worker "
+                "takes; send it again a little later",
+                reason="PREFILL_QUEUE_FULL",
+                retry_after_s=1.0,
+            )
+        stopped = threading.Event()
+        self.num_active += 1
+        job = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._run, token_ids, prefix, policy, stopped
+        )
+        # Counted until the thread is done with it, even if nobody waits for it any more.
+        job.add_done_callback(self._finished)
+        try:
+            return await asyncio.shield(job)
+        except asyncio.CancelledError:
+            stopped.set()
+            raise
+
+    def close(self) -> None:
+        """End the thread once it is idle."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _finished(self, job: asyncio.Future[RunResult]) -> None:
+        self.num_active -= 1
+        if not job.cancelled():
+            # Whoever was cancelled does not fetch the exception; asyncio would complain.
+            job.exception()
+
+    def _run(
+        self,
+        token_ids: Sequence[int],
+        prefix: Sequence[chunkkv.CompressedKV],
+        policy: chunkkv.CompressionPolicy,
+        stopped: threading.Event,
+    ) -> RunResult:
+        def check() -> None:
+            if stopped.is_set():
+                raise _StoppedError
+
+        model = self._loaded.model
+        started = time.perf_counter()
+        check()
+        with library_errors():
+            past = chunkkv.KVCache.from_segments(
+                model.config, prefix, extra_tokens=len(token_ids), device=self._loaded.device
+            )
+            prefilled = chunkkv.run_prefill(
+                model,
+                torch.tensor([token_ids], device=self._loaded.device),
+                window_size=policy.window_size,
+                past=past,
+                prefill_chunk_tokens=self._chunk_tokens,
+                fingerprint=self._loaded.fingerprint,
+                before_chunk=check,
+            )
+            computed = time.perf_counter()
+            kv = chunkkv.compress(prefilled, policy)[0].to("cpu")
+        ended = time.perf_counter()
+        return RunResult(kv, (computed - started) * 1000, (ended - computed) * 1000)
+
+
+class _StoppedError(Exception):
+    """Nobody waits for this prompt any more."""
