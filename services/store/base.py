@@ -169,9 +169,7 @@ class SessionStore(Protocol):
             ConflictError: Another turn holds it.
         """
 
-    async def renew_lease(
-        self, tenant: str, session_id: str, token: str, *, ttl_s: float
-    ) -> bool:
+    async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
         """Extend a lease; ``False`` if it is not ours any more."""
 
     async def release_lease(self, tenant: str, session_id: str, token: str) -> None:

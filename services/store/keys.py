@@ -1,0 +1,103 @@
+"""Names of the keys, and nothing else.
+
+Every name begins with the version of the layout, so that two releases can share a server. What
+must be changed together lies in one slot of Redis Cluster: the part of a name in braces is the
+hash tag, and equal tags share a slot. A segment's id is a hash over its tenant, among others, so
+the tenant is in its keys as well.
+"""
+
+from __future__ import annotations
+
+import struct
+from urllib.parse import quote
+
+_VERSION = "cs1"
+
+# What precedes a segment's header in its key: number of parts, and the name of the copy whose
+# parts these are.
+_RECORD = struct.Struct(">I8s")
+RECORD_SIZE = _RECORD.size
+COPY_SIZE = 8
+
+
+def manifest(tenant: str, session_id: str) -> str:
+    """Hash ``{version, body, created_us}`` of a session."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:manifest"
+
+
+def lease(tenant: str, session_id: str) -> str:
+    """String: token of the turn that runs."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:lease"
+
+
+def session_index(tenant: str) -> str:
+    """Sorted set of a tenant's sessions, members from ``index_member``, all scores 0."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:sessions"
+
+
+def index_member(created_us: int, session_id: str) -> bytes:
+    """Member of the index: sorts by creation time, and tells a session from its namesakes."""
+    return f"{created_us:016d}:{session_id}".encode()
+
+
+def parse_index_member(member: bytes) -> tuple[int, str]:
+    """Inverse of ``index_member``.
+
+    Raises:
+        ValueError: It is no member.
+    """
+    created_us, separator, session_id = member.decode().partition(":")
+    is_member = len(created_us) == 16 and created_us.isascii() and created_us.isdigit()
+    if not (is_member and separator and session_id):
+        raise ValueError("not a member of the session index")
+    return int(created_us), session_id
+
+
+def segment_header(segment_id: str) -> str:
+    """String: record, then the header."""
+    return f"{_VERSION}:{_segment_tag(segment_id)}:header"
+
+
+def segment_part(segment_id: str, copy: bytes, index: int) -> str:
+    """String: one part of one copy."""
+    return f"{_VERSION}:{_segment_tag(segment_id)}:{copy.hex()}:{index}"
+
+
+def segment_record(num_parts: int, copy: bytes) -> bytes:
+    """What precedes the header: which parts belong to it."""
+    return _RECORD.pack(num_parts, copy)
+
+
+def segment_parts(segment_id: str, record: bytes) -> list[str]:
+    """Keys of the parts that a record, or a header's whole value, names.
+
+    Raises:
+        ValueError: The record is cut short.
+    """
+    if len(record) < RECORD_SIZE:
+        raise ValueError(f"record of {len(record)} bytes; it has {RECORD_SIZE}")
+    num_parts, copy = _RECORD.unpack_from(record)
+    return [segment_part(segment_id, copy, index) for index in range(num_parts)]
+
+
+def worker(worker_id: str) -> str:
+    """String: JSON of a living worker."""
+    return f"{_VERSION}:{{workers}}:{_quoted(worker_id)}"
+
+
+def worker_index() -> str:
+    """Set of the ids of workers that may live."""
+    return f"{_VERSION}:{{workers}}"
+
+
+def _session_tag(tenant: str, session_id: str) -> str:
+    return f"{{{_quoted(tenant)}/{_quoted(session_id)}}}"
+
+
+def _segment_tag(segment_id: str) -> str:
+    return f"{{{_quoted(segment_id)}}}"
+
+
+def _quoted(name: str) -> str:
+    # Neither a brace nor a slash nor a colon in a caller's name can reach another one's key.
+    return quote(name, safe="")

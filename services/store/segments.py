@@ -1,0 +1,201 @@
+"""Segments in Redis: parts first, the header last.
+
+A copy's parts lie under keys that no other writer uses, and its header names them. So a reader
+never sees parts of two writers mixed, however many store the same segment at the same time, and a
+copy without a header is invisible and expires.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar, cast
+
+import redis
+from redis.exceptions import MovedError
+
+from services.runtime.errors import CorruptError
+from services.store import keys, wire
+from services.store.base import Buffer
+from services.store.connect import Nodes
+from services.store.failures import segment_not_found, store_errors, ttl_ms
+
+MAX_PART_BYTES = 512 << 20  # Redis's own limit, past which it just hangs up
+
+_T = TypeVar("_T")
+
+
+class RedisSegments:
+    """Implements ``SegmentStore``.
+
+    Args:
+        nodes: Where the segments are.
+        where: Address for messages.
+    """
+
+    def __init__(self, nodes: Nodes, where: str) -> None:
+        self._nodes = nodes
+        self._where = where
+
+    def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
+        """Whether the segment is complete; if it is, its life is extended to ``ttl_s``."""
+        lifetime = ttl_ms(ttl_s)
+        with store_errors(self._where):
+            return self._at_node(segment_id, lambda node: _extend(node, segment_id, lifetime))
+
+    def put_segment(
+        self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
+    ) -> None:
+        """Store parts first, the header last. The first complete copy stays.
+
+        Raises:
+            ValueError: A part is larger than ``MAX_PART_BYTES``.
+        """
+        views = [memoryview(part).cast("B") for part in parts]
+        largest = max(map(len, views), default=0)
+        if largest > MAX_PART_BYTES:
+            raise ValueError(f"part of {largest} bytes; at most {MAX_PART_BYTES} can be stored")
+        lifetime = ttl_ms(ttl_s)
+        with store_errors(self._where):
+            self._at_node(segment_id, lambda node: _put(node, segment_id, header, views, lifetime))
+
+    def get_header(self, segment_id: str) -> bytes:
+        """Return the header."""
+        key = keys.segment_header(segment_id)
+        with store_errors(self._where):
+            value = self._at_node(segment_id, lambda node: cast("bytes | None", node.get(key)))
+        if value is None:
+            raise segment_not_found(segment_id)
+        return value[keys.RECORD_SIZE :]
+
+    def fetch_parts(
+        self, segment_id: str, part_sizes: Sequence[int], out: memoryview
+    ) -> Iterator[memoryview]:
+        """Receive the parts into ``out``; yield each one's view as it arrives.
+
+        Raises:
+            ValueError: ``out`` is too small.
+        """
+        out = out.cast("B")
+        if len(out) < sum(part_sizes):
+            raise ValueError(f"parts have {sum(part_sizes)} bytes; out has {len(out)}")
+        with store_errors(self._where):
+            part_keys = self._part_keys(segment_id)
+            if len(part_keys) != len(part_sizes):
+                raise CorruptError(
+                    f"segment {segment_id} has {len(part_keys)} parts; its header lists"
+                    f" {len(part_sizes)}",
+                    resource=("segment", segment_id),
+                )
+            node = self._nodes.client(keys.segment_header(segment_id))
+            try:
+                with _exclusive_connection(node) as connection:
+                    yield from wire.receive_values(connection, part_keys, part_sizes, out)
+            except wire.ValueMissingError:
+                raise segment_not_found(segment_id) from None
+            except wire.ValueSizeError as error:
+                raise CorruptError(
+                    f"segment {segment_id}: {error}", resource=("segment", segment_id)
+                ) from None
+            except (redis.RedisError, OSError) as error:
+                self._nodes.suspect(error)
+                raise
+
+    def delete_segments(self, segment_ids: Iterable[str]) -> None:
+        """Delete segments that nobody else can name."""
+        with store_errors(self._where):
+            for segment_id in segment_ids:
+                self._at_node(segment_id, partial(_delete, segment_id=segment_id))
+
+    def _part_keys(self, segment_id: str) -> list[str]:
+        record = self._at_node(segment_id, lambda node: _read_record(node, segment_id))
+        if not record:
+            raise segment_not_found(segment_id)
+        return keys.segment_parts(segment_id, record)
+
+    def _at_node(self, segment_id: str, operation: Callable[[redis.Redis], _T]) -> _T:
+        """Run an operation, which may be run twice, at the node that holds the segment."""
+        key = keys.segment_header(segment_id)
+        try:
+            return operation(self._nodes.client(key))
+        except MovedError as error:
+            if not self._nodes.suspect(error):
+                raise
+            return operation(self._nodes.client(key))
+        except (redis.RedisError, OSError) as error:
+            self._nodes.suspect(error)
+            raise
+
+
+def _put(
+    node: redis.Redis,
+    segment_id: str,
+    header: Buffer,
+    parts: Sequence[memoryview],
+    lifetime: int,
+) -> None:
+    copy = os.urandom(keys.COPY_SIZE)
+    part_keys = [keys.segment_part(segment_id, copy, index) for index in range(len(parts))]
+    value = keys.segment_record(len(parts), copy) + bytes(header)
+    key = keys.segment_header(segment_id)
+    try:
+        with _exclusive_connection(node) as connection:
+            wire.send_values(connection, part_keys, parts, ttl_ms=lifetime)
+        if node.set(key, value, px=lifetime, nx=True):
+            return
+        if not _extend(node, segment_id, lifetime):
+            # The copy that is there has lost parts: ours replaces it.
+            node.set(key, value, px=lifetime)
+            return
+    except redis.exceptions.OutOfMemoryError:
+        # Room for others. If even this fails, the parts expire.
+        with contextlib.suppress(redis.RedisError):
+            _unlink(node, part_keys)
+        raise
+    _unlink(node, part_keys)
+
+
+def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
+    record = _read_record(node, segment_id)
+    if not record:
+        return False
+    names = [keys.segment_header(segment_id), *keys.segment_parts(segment_id, record)]
+    pipeline = node.pipeline(transaction=False)
+    for name in names:
+        pipeline.pexpire(name, lifetime, gt=True)
+    pipeline.exists(*names)
+    return bool(pipeline.execute()[-1] == len(names))
+
+
+def _delete(node: redis.Redis, segment_id: str) -> None:
+    record = _read_record(node, segment_id)
+    if record:
+        _unlink(node, [keys.segment_header(segment_id), *keys.segment_parts(segment_id, record)])
+
+
+def _read_record(node: redis.Redis, segment_id: str) -> bytes:
+    key = keys.segment_header(segment_id)
+    return cast(bytes, node.getrange(key, 0, keys.RECORD_SIZE - 1))
+
+
+def _unlink(node: redis.Redis, names: Sequence[str]) -> None:
+    if names:
+        node.unlink(*names)
+
+
+@contextlib.contextmanager
+def _exclusive_connection(node: redis.Redis) -> Iterator[wire.Connection]:
+    """Lend a connection; close it unless the block ends well, so that no answer is left in it."""
+    pool = node.connection_pool
+    pooled = pool.get_connection()
+    connection = cast(wire.Connection, pooled)
+    is_clean = False
+    try:
+        yield connection
+        is_clean = True
+    finally:
+        if not is_clean:
+            connection.disconnect()
+        pool.release(pooled)
