@@ -1,0 +1,272 @@
+"""What goes into and comes out of a call: frozen, without protobuf in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TypedDict
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``, as the model's chat template names them.
+        content: What is said.
+    """
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How much of a KV cache is kept, and how it is chosen. ``None`` takes the server's value.
+
+    Attributes:
+        keep_ratio: Fraction of tokens that are kept, in ``(0, 1]``; 1 keeps the whole cache.
+        max_kept_tokens: Number of tokens that are kept at most. Not together with ``keep_ratio``.
+        scorer: How importance is measured: ``window``.
+        unit: What is kept or dropped as one: ``chunk`` or ``token``.
+        scope: Who shares one list of kept positions: ``head``, ``layer``, ``group``, ``global``.
+        chunk_size: Tokens in a chunk, at least 1.
+        window_size: Trailing tokens that ask (and are always kept), at least 1.
+        sink_tokens: Leading tokens that are always kept, at least 0.
+        reuse_interval: Neighbouring layers that share one list with scope ``group``.
+    """
+
+    keep_ratio: float | None = None
+    max_kept_tokens: int | None = None
+    scorer: str | None = None
+    unit: str | None = None
+    scope: str | None = None
+    chunk_size: int | None = None
+    window_size: int | None = None
+    sink_tokens: int | None = None
+    reuse_interval: int | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of ``generate``, beside the prompt. What is left out takes the server's default.
+
+    Attributes:
+        messages: Instead of a prompt: several messages, rendered with the chat template.
+        text: Instead of a prompt: raw text, no template.
+        token_ids: Instead of a prompt: token ids as they are.
+        max_tokens: Most tokens to generate.
+        min_tokens: Tokens before the answer may end.
+        temperature: In ``[0, 2]``; 0 is greedy, and the default.
+        top_p: Nucleus sampling, in ``(0, 1]``.
+        top_k: Only the k most likely tokens.
+        min_p: Only tokens this likely relative to the likeliest, in ``[0, 1]``.
+        seed: Repeats a sampled answer; ``Finish.seed`` tells the one that was used.
+        stop: The answer ends before any of these strings.
+        stop_token_ids: The answer ends at any of these tokens.
+        ignore_eos: Goes on after the model's end-of-sequence tokens.
+        compression: How this prompt's KV cache is compressed.
+        model: The model to ask.
+        timeout_s: Deadline of the whole answer; the client's if left out.
+        request_id: Names the request in logs; made up if left out.
+    """
+
+    messages: Sequence[Message | Mapping[str, str]] | None
+    text: str | None
+    token_ids: Sequence[int] | None
+    max_tokens: int | None
+    min_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    compression: Compression | None
+    model: str | None
+    timeout_s: float | None
+    request_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """What was done with the prompt: the first event of an answer.
+
+    Attributes:
+        request_id: Names the request in the server's logs.
+        num_prompt_tokens: Tokens of the conversation up to the first generated token.
+        num_reused_tokens: Of these, tokens whose KV was in the store already.
+        num_prefilled_tokens: Of these, tokens that the model computed for this request.
+        num_kept_tokens: KV tokens that every generated token attends to, all layers averaged.
+        full_kv_bytes: Bytes that the full KV cache of the prompt would take.
+        stored_bytes: Bytes of the compressed KV cache, all segments.
+        fetched_bytes: Bytes that the decode worker fetched; 0 if it still held the session.
+        tokenize_ms: Milliseconds to render and tokenize.
+        prefill_ms: Milliseconds of the model's forward passes over new tokens.
+        compression_ms: Milliseconds to score, select, gather and encode.
+        store_ms: Milliseconds to write the segments to the store.
+        fetch_ms: Milliseconds to fetch and verify the segments.
+        prefill_worker: Id of the prefill worker.
+        decode_worker: Id of the decode worker.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    num_reused_tokens: int
+    num_prefilled_tokens: int
+    num_kept_tokens: int
+    full_kv_bytes: int
+    stored_bytes: int
+    fetched_bytes: int
+    tokenize_ms: float
+    prefill_ms: float
+    compression_ms: float
+    store_ms: float
+    fetch_ms: float
+    prefill_worker: str
+    decode_worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of an answer.
+
+    Attributes:
+        text: Text that became certain with them; empty while a character is incomplete.
+        token_ids: The tokens.
+        first_token_index: Place of the first of them among the generated tokens, from 0.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    first_token_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an answer: its last event. The turn is stored when it arrives.
+
+    Attributes:
+        reason: ``eos``, ``stop`` (a stop string) or ``length``.
+        matched_stop: The stop string, with reason ``stop``.
+        num_generated_tokens: Generated tokens, end-of-sequence token included.
+        num_total_tokens: Tokens of the whole conversation, this answer included.
+        seed: The same seed repeats the answer.
+        session_version: The session's version after this turn; 0 for a one-off request.
+        first_token_ms: Milliseconds from the decode worker's start to its first token.
+        decode_ms: Milliseconds from the first token to the last.
+        commit_ms: Milliseconds to store the answer's KV and commit the turn.
+    """
+
+    reason: str
+    matched_stop: str
+    num_generated_tokens: int
+    num_total_tokens: int
+    seed: int
+    session_version: int
+    first_token_ms: float
+    decode_ms: float
+    commit_ms: float
+
+
+Event = PromptInfo | TokenDelta | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_info: PromptInfo
+    finish: Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Compressed KV of a contiguous span of tokens.
+
+    Attributes:
+        segment_id: Content address.
+        first_token: Position of its first token in the conversation.
+        num_tokens: Tokens of the span.
+        num_kept_tokens: KV tokens kept of them, all layers averaged.
+        size_bytes: Bytes stored.
+    """
+
+    segment_id: str
+    first_token: int
+    num_tokens: int
+    num_kept_tokens: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A stored conversation, as it was when the server answered.
+
+    Attributes:
+        session_id: Its id.
+        model: The model that it belongs to.
+        version: Grows by one with every committed turn.
+        num_turns: Turns that were answered.
+        num_tokens: Tokens of the conversation.
+        num_kept_tokens: KV tokens stored for them, all layers averaged.
+        stored_bytes: Bytes of its KV segments.
+        compression: Policy of its turns; ``None``: the server's.
+        create_time: When it was created.
+        update_time: When its last turn was committed.
+        expire_time: When it will be gone unless it is used again.
+        ttl_s: How long it lives after each use, in seconds.
+        segments: Its KV cache, oldest first; empty in lists.
+    """
+
+    session_id: str
+    model: str
+    version: int
+    num_turns: int
+    num_tokens: int
+    num_kept_tokens: int
+    stored_bytes: int
+    compression: Compression | None
+    create_time: datetime
+    update_time: datetime
+    expire_time: datetime
+    ttl_s: float
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """Number of tokens of an input.
+
+    Attributes:
+        num_tokens: Template included.
+        model: The model whose tokenizer counted.
+    """
+
+    num_tokens: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that can be asked.
+
+    Attributes:
+        name: As requests give it.
+        max_model_len: Tokens of prompt and answer together at most.
+        fingerprint: Identity of architecture and weights.
+        num_prefill_workers: Prefill workers alive.
+        num_decode_workers: Decode workers alive.
+        default_compression: Applies where a request and its session name none.
+    """
+
+    name: str
+    max_model_len: int
+    fingerprint: str
+    num_prefill_workers: int
+    num_decode_workers: int
+    default_compression: Compression | None

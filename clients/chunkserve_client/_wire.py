@@ -1,0 +1,247 @@
+"""Between the public types and the wire's messages. Knows no channel and no call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC, timedelta
+from typing import Any
+
+from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
+from chunkserve_client._types import (
+    Compression,
+    Event,
+    Finish,
+    GenerateOptions,
+    Message,
+    Model,
+    PromptInfo,
+    Segment,
+    SessionInfo,
+    TokenDelta,
+)
+from chunkserve_client.errors import invalid_request
+
+_SAMPLING = tuple(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+Input = inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn values that no wire message can carry (lone surrogates, 2**40) into one error.
+
+    Raises:
+        InvalidRequest: The block raised a ``ValueError`` or an ``OverflowError``.
+    """
+    try:
+        yield
+    except (ValueError, OverflowError) as error:
+        raise invalid_request(f"the request cannot be sent: {error}") from error
+
+
+def generate_request(
+    prompt: str | None, session_id: str, request_id: str, options: GenerateOptions
+) -> inference_pb2.GenerateRequest:
+    """Build the request of one answer.
+
+    Raises:
+        InvalidRequest: A value does not fit into its field.
+        TypeError: Not exactly one input is given, or an option does not exist.
+    """
+    _check_names(options)
+    with refusing():
+        request = inference_pb2.GenerateRequest(
+            session_id=session_id,
+            sampling=_sampling(options),
+            request_id=request_id,
+            model=options.get("model") or "",
+        )
+        compression = options.get("compression")
+        if compression is not None:
+            request.compression.CopyFrom(compression_to_wire(compression))
+        set_input(
+            request,
+            prompt,
+            options.get("messages"),
+            options.get("text"),
+            options.get("token_ids"),
+        )
+    return request
+
+
+def set_input(
+    request: Input,
+    prompt: str | None,
+    messages: Sequence[Message | Mapping[str, str]] | None,
+    text: str | None,
+    token_ids: Sequence[int] | None,
+) -> None:
+    """Write the one input that is given into ``request``.
+
+    Raises:
+        TypeError: None, or more than one, is given.
+    """
+    if sum(given is not None for given in (prompt, messages, text, token_ids)) != 1:
+        raise TypeError("give exactly one of prompt, messages, text and token_ids")
+    if text is not None:
+        request.text = text
+    elif token_ids is not None:
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(token_ids)
+    else:
+        request.chat.SetInParent()
+        for message in messages if messages is not None else [Message("user", prompt or "")]:
+            request.chat.messages.append(_message(message))
+
+
+def event_from_wire(response: inference_pb2.GenerateResponse) -> Event | None:
+    """Return the event, or ``None`` for a kind that a later version of the server added."""
+    kind = response.WhichOneof("event")
+    if kind == "prompt_info":
+        return PromptInfo(**_same_names(PromptInfo, response.prompt_info))
+    if kind == "delta":
+        delta = response.delta
+        return TokenDelta(delta.text, tuple(delta.token_ids), delta.first_token_index)
+    if kind == "finish":
+        reason = _choice(types_pb2.FinishReason, "FINISH_REASON", response.finish.reason)
+        values = _same_names(Finish, response.finish)
+        return Finish(**{**values, "reason": reason or "unspecified"})
+    return None
+
+
+def compression_to_wire(compression: Compression) -> types_pb2.CompressionPolicy:
+    """Return the policy as a message.
+
+    Raises:
+        InvalidRequest: Two budgets, an unknown choice, or a value that does not fit.
+    """
+    if compression.keep_ratio is not None and compression.max_kept_tokens is not None:
+        raise invalid_request("give keep_ratio or max_kept_tokens, not both")
+    with refusing():
+        return types_pb2.CompressionPolicy(
+            keep_ratio=compression.keep_ratio,
+            max_kept_tokens=compression.max_kept_tokens,
+            scorer=_number(types_pb2.Scorer, "SCORER", compression.scorer),
+            unit=_number(types_pb2.Unit, "UNIT", compression.unit),
+            scope=_number(types_pb2.Scope, "SCOPE", compression.scope),
+            chunk_size=compression.chunk_size,
+            window_size=compression.window_size,
+            sink_tokens=compression.sink_tokens,
+            reuse_interval=compression.reuse_interval,
+        )
+
+
+def compression_from_wire(policy: types_pb2.CompressionPolicy) -> Compression:
+    """Return what the message sets; unset fields are ``None``."""
+
+    def optional(name: str) -> Any:
+        return getattr(policy, name) if policy.HasField(name) else None
+
+    keep_ratio = optional("keep_ratio")
+    return Compression(
+        # The wire's float has 7 digits: 0.1 shall come back as 0.1, not 0.10000000149.
+        keep_ratio=None if keep_ratio is None else float(f"{keep_ratio:.7g}"),
+        max_kept_tokens=optional("max_kept_tokens"),
+        scorer=_choice(types_pb2.Scorer, "SCORER", policy.scorer),
+        unit=_choice(types_pb2.Unit, "UNIT", policy.unit),
+        scope=_choice(types_pb2.Scope, "SCOPE", policy.scope),
+        chunk_size=optional("chunk_size"),
+        window_size=optional("window_size"),
+        sink_tokens=optional("sink_tokens"),
+        reuse_interval=optional("reuse_interval"),
+    )
+
+
+def create_session_request(
+    session_id: str | None,
+    model: str | None,
+    compression: Compression | None,
+    ttl_s: float | None,
+) -> session_pb2.CreateSessionRequest:
+    """Build the request of a new session.
+
+    Raises:
+        InvalidRequest: A value does not fit into its field.
+    """
+    with refusing():
+        request = session_pb2.CreateSessionRequest(session_id=session_id or "", model=model or "")
+        if compression is not None:
+            request.compression.CopyFrom(compression_to_wire(compression))
+        if ttl_s is not None:
+            request.ttl.FromTimedelta(timedelta(seconds=ttl_s))
+    return request
+
+
+def session_from_wire(session: session_pb2.Session) -> SessionInfo:
+    """Return the session as data."""
+    compression = None
+    if session.HasField("compression"):
+        compression = compression_from_wire(session.compression)
+    return SessionInfo(
+        session_id=session.session_id,
+        model=session.model,
+        version=session.version,
+        num_turns=session.num_turns,
+        num_tokens=session.num_tokens,
+        num_kept_tokens=session.num_kept_tokens,
+        stored_bytes=session.stored_bytes,
+        compression=compression,
+        create_time=session.create_time.ToDatetime(tzinfo=UTC),
+        update_time=session.update_time.ToDatetime(tzinfo=UTC),
+        expire_time=session.expire_time.ToDatetime(tzinfo=UTC),
+        ttl_s=session.ttl.ToTimedelta().total_seconds(),
+        segments=tuple(Segment(**_same_names(Segment, s)) for s in session.segments),
+    )
+
+
+def model_from_wire(model: inference_pb2.Model) -> Model:
+    """Return the model as data."""
+    compression = None
+    if model.HasField("default_compression"):
+        compression = compression_from_wire(model.default_compression)
+    return Model(**{**_same_names(Model, model), "default_compression": compression})
+
+
+def _check_names(options: GenerateOptions) -> None:
+    # Python does not check ``**options`` against its TypedDict: a typo would pass in silence.
+    unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"generate() got an unexpected option {unknown[0]!r}")
+
+
+def _sampling(options: Mapping[str, Any]) -> types_pb2.SamplingParams:
+    values = {name: options.get(name) for name in _SAMPLING}
+    if isinstance(values["stop"], str):
+        values["stop"] = [values["stop"]]
+    return types_pb2.SamplingParams(**values)
+
+
+def _message(message: Message | Mapping[str, str]) -> types_pb2.ChatMessage:
+    if isinstance(message, Message):
+        return types_pb2.ChatMessage(role=message.role, content=message.content)
+    return types_pb2.ChatMessage(**message)
+
+
+def _same_names(kind: type, message: Any) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in fields(kind)}
+
+
+def _number(enum: Any, prefix: str, choice: str | None) -> Any:
+    """Return the enum value that ``choice`` names; 0 for ``None``."""
+    if choice is None:
+        return 0
+    name = f"{prefix}_{choice.upper()}"
+    if name not in set(enum.keys()) or enum.Value(name) == 0:
+        names = ", ".join(n.removeprefix(f"{prefix}_").lower() for n in enum.keys()[1:])
+        raise ValueError(f"{prefix.lower()} {choice!r} is not one of {names}")
+    return enum.Value(name)
+
+
+def _choice(enum: Any, prefix: str, number: int) -> str | None:
+    """Return the name of an enum value as options give it; ``None`` for unset or unknown."""
+    if number == 0 or number not in enum.values():
+        return None
+    name: str = enum.Name(number)
+    return name.removeprefix(f"{prefix}_").lower()

@@ -1,0 +1,142 @@
+"""``chunkserve sessions``: list, show, create, delete."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chunkserve_client import DEFAULT_ADDRESS, DEFAULT_TIMEOUT_S, Compression, SessionInfo
+from services.cli import options
+from services.cli.output import policy_text, print_json, print_table, remaining, size
+
+app = typer.Typer(no_args_is_help=True, help="Stored conversations.")
+
+_Name = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")]
+
+
+@app.command("list")
+def list_sessions(
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """List all sessions, oldest first."""
+    with options.connect(address, timeout) as client:
+        infos = [session.info for session in client.list_sessions()]
+    if json:
+        print_json(infos)
+        return
+    columns = ("session", "model", "turns", "tokens", "kept", "stored", "expires in")
+    print_table(columns, [_row(info) for info in infos])
+
+
+@app.command()
+def show(
+    session: _Name,
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Show a session and the segments of its KV cache."""
+    with options.connect(address, timeout) as client:
+        info = client.get_session(session).info
+    if json:
+        print_json(info)
+        return
+    typer.echo(
+        f"session     {info.session_id}\n"
+        f"model       {info.model}\n"
+        f"turns       {info.num_turns} (version {info.version})\n"
+        f"tokens      {info.num_tokens}, {info.num_kept_tokens} kept\n"
+        f"stored      {size(info.stored_bytes)}\n"
+        f"policy      {policy_text(info.compression)}\n"
+        f"created     {info.create_time:%Y-%m-%d %H:%M:%S} UTC\n"
+        f"updated     {info.update_time:%Y-%m-%d %H:%M:%S} UTC\n"
+        f"expires in  {remaining(info.expire_time)}"
+    )
+    if info.segments:
+        typer.echo()
+        columns = ("segment", "first token", "tokens", "kept", "stored")
+        print_table(
+            columns,
+            [
+                (
+                    s.segment_id,
+                    str(s.first_token),
+                    str(s.num_tokens),
+                    str(s.num_kept_tokens),
+                    size(s.size_bytes),
+                )
+                for s in info.segments
+            ],
+        )
+
+
+@app.command()
+def create(
+    session: Annotated[
+        str | None,
+        typer.Argument(metavar="SESSION", help="Its id. Left out: the server makes one."),
+    ] = None,
+    model: options.ModelName = None,
+    ttl: Annotated[
+        float | None, typer.Option(min=1.0, help="Seconds that it lives after each use.")
+    ] = None,
+    keep_ratio: options.KeepRatio = None,
+    max_kept_tokens: options.MaxKeptTokens = None,
+    scorer: options.Scorer = None,
+    unit: options.Unit = None,
+    scope: options.Scope = None,
+    chunk_size: options.ChunkSize = None,
+    window_size: options.WindowSize = None,
+    sink_tokens: options.SinkTokens = None,
+    reuse_interval: options.ReuseInterval = None,
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Create an empty session and print its id."""
+    compression = options.given(
+        Compression(
+            keep_ratio=keep_ratio,
+            max_kept_tokens=max_kept_tokens,
+            scorer=scorer,
+            unit=unit,
+            scope=scope,
+            chunk_size=chunk_size,
+            window_size=window_size,
+            sink_tokens=sink_tokens,
+            reuse_interval=reuse_interval,
+        )
+    )
+    with options.connect(address, timeout) as client:
+        info = client.create_session(session, model=model, compression=compression, ttl_s=ttl).info
+    if json:
+        print_json(info)
+    else:
+        typer.echo(info.session_id)
+
+
+@app.command()
+def delete(
+    sessions: Annotated[list[str], typer.Argument(metavar="SESSION...", help="Ids.")],
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Delete sessions."""
+    with options.connect(address, timeout) as client:
+        for session in sessions:
+            client.delete_session(session)
+
+
+def _row(info: SessionInfo) -> tuple[str, ...]:
+    return (
+        info.session_id,
+        info.model,
+        str(info.num_turns),
+        str(info.num_tokens),
+        str(info.num_kept_tokens),
+        size(info.stored_bytes),
+        remaining(info.expire_time),
+    )
