@@ -30,6 +30,19 @@ _MESSAGE_OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
+_CHANNEL_OPTIONS: Final = (
+    *_MESSAGE_OPTIONS,
+    *_KEEPALIVE_OPTIONS,
+    # A connection attempt to an address that does not answer fails after 2 s (default: 20 s), and
+    # a worker that comes back on its old address is tried again soon (default: up to 2 min).
+    ("grpc.min_reconnect_backoff_ms", 2_000),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # A new channel to an address starts afresh instead of in its predecessor's backoff.
+    ("grpc.use_local_subchannel_pool", 1),
+    # Calls between our services do not go through a proxy meant for the outside.
+    ("grpc.enable_http_proxy", 0),
+)
 _SERVER_OPTIONS: Final = (
     *_MESSAGE_OPTIONS,
     *_KEEPALIVE_OPTIONS,
@@ -44,7 +57,7 @@ _log = get_logger()
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """Return a channel to another of our services at ``host:port``."""
-    return grpc.aio.insecure_channel(address, options=(*_MESSAGE_OPTIONS, *_KEEPALIVE_OPTIONS))
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
 class GrpcServer:

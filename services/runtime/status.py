@@ -26,6 +26,12 @@ from services.runtime.errors import (
     UnavailableError,
 )
 
+# Reason of errors that gRPC found, not the worker: its address is dead or the connection broke.
+WORKER_UNAVAILABLE: Final = "WORKER_UNAVAILABLE"
+
+# A status travels in HTTP/2 headers, 8 KiB by default, and its message up to four times in them.
+_MAX_MESSAGE_CHARS: Final = 500
+
 _ERRORS: Final = {code: error for error, code in STATUS_CODES.items()}
 _DETAILS_KEY: Final = "grpc-status-details-bin"
 
@@ -41,8 +47,9 @@ def status_code(error: ServiceError) -> grpc.StatusCode:
 def to_status(error: ServiceError) -> grpc.Status:
     """Return the status of ``error``: ``ErrorInfo``, and the other details that it has."""
     code, _ = status_code(error).value
+    message = _shortened(error.message)
     status: grpc.Status = rpc_status.to_status(
-        status_pb2.Status(code=code, message=error.message, details=_pack_details(error))
+        status_pb2.Status(code=code, message=message, details=_pack_details(error, message))
     )
     return status
 
@@ -78,7 +85,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     )
 
 
-def _pack_details(error: ServiceError) -> list[Any]:
+def _pack_details(error: ServiceError, message: str) -> list[Any]:
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=error.error_reason, domain=ERROR_DOMAIN, metadata=error.metadata
@@ -86,7 +93,7 @@ def _pack_details(error: ServiceError) -> list[Any]:
     ]
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message
+            field=error.field, description=message
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.resource is not None:
@@ -95,7 +102,7 @@ def _pack_details(error: ServiceError) -> list[Any]:
             error_details_pb2.ResourceInfo(
                 resource_type=resource_type,
                 resource_name=resource_name,
-                description=error.message,
+                description=message,
             )
         )
     if error.retry_after_s is not None:
@@ -103,6 +110,12 @@ def _pack_details(error: ServiceError) -> list[Any]:
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return [_packed(detail) for detail in details]
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= _MAX_MESSAGE_CHARS:
+        return message
+    return f"{message[: _MAX_MESSAGE_CHARS - 1]}…"
 
 
 def _packed(detail: Message) -> Any:
@@ -131,7 +144,7 @@ def _from_plain_code(code: grpc.StatusCode) -> ServiceError:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             # A worker that is stopped past its grace period cancels what still runs.
             return UnavailableError(
-                "a worker went away; try again", reason="WORKER_UNAVAILABLE", retry_after_s=1.0
+                "a worker went away; try again", reason=WORKER_UNAVAILABLE, retry_after_s=1.0
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineError("the deadline passed before the answer was complete")

@@ -1,0 +1,100 @@
+"""Connections to workers, and calls over them.
+
+One channel per address, shared by all calls, closed once the worker is gone and nothing runs on
+it. Errors come out as service errors, the worker's own unchanged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Iterator
+from contextlib import contextmanager
+
+import grpc.aio
+
+from chunkserve.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from services.runtime.interceptors import request_id_metadata
+from services.runtime.server import open_channel
+from services.runtime.status import from_rpc_error
+from services.store.base import WorkerInfo
+
+
+class WorkerChannels:
+    """Calls workers."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._num_calls: Counter[str] = Counter()
+
+    def num_calls(self, address: str) -> int:
+        """Return how many calls run at this address."""
+        return self._num_calls[address]
+
+    async def prefill(
+        self, worker: WorkerInfo, request: prefill_pb2.PrefillRequest, *, timeout_s: float
+    ) -> prefill_pb2.PrefillResponse:
+        """Call ``Prefill``; raises what the worker raised, or ``UnavailableError``."""
+        with self._use(worker.address) as channel:
+            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+            try:
+                return await stub.Prefill(
+                    request, timeout=timeout_s, metadata=request_id_metadata()
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+    async def tokenize(
+        self, worker: WorkerInfo, request: prefill_pb2.TokenizeRequest, *, timeout_s: float
+    ) -> prefill_pb2.TokenizeResponse:
+        """Call ``Tokenize``; raises what the worker raised, or ``UnavailableError``."""
+        with self._use(worker.address) as channel:
+            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+            try:
+                return await stub.Tokenize(
+                    request, timeout=timeout_s, metadata=request_id_metadata()
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+    async def decode(
+        self, worker: WorkerInfo, request: decode_pb2.DecodeRequest, *, timeout_s: float
+    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+        """Call ``Decode`` and yield its events; closing the generator cancels the call."""
+        with self._use(worker.address) as channel:
+            stub = decode_pb2_grpc.DecodeServiceStub(channel)
+            call = stub.Decode(request, timeout=timeout_s, metadata=request_id_metadata())
+            try:
+                async for event in call:
+                    yield event
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+            finally:
+                call.cancel()
+
+    async def prune(self, living: Collection[str]) -> None:
+        """Close channels to addresses that are not among ``living`` and have no call."""
+        gone = [
+            address
+            for address in self._channels
+            if address not in living and not self._num_calls[address]
+        ]
+        for address in gone:
+            await self._channels.pop(address).close()
+
+    async def close(self) -> None:
+        """Close all channels; calls on them are cancelled."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    @contextmanager
+    def _use(self, address: str) -> Iterator[grpc.aio.Channel]:
+        if address not in self._channels:
+            self._channels[address] = open_channel(address)
+        self._num_calls[address] += 1
+        try:
+            yield self._channels[address]
+        finally:
+            self._num_calls[address] -= 1
+            if not self._num_calls[address]:
+                del self._num_calls[address]

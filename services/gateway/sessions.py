@@ -1,0 +1,107 @@
+"""``SessionService``: sessions are manifests in the store, and this shows them."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Final
+
+from chunkserve.v1 import session_pb2, session_pb2_grpc
+from services.gateway import validation
+from services.gateway.config import GatewaySettings
+from services.gateway.lease import turn_lease
+from services.gateway.manifests import new_manifest, read_manifest, session_of
+from services.gateway.routing import Router
+from services.runtime.errors import NotFoundError
+from services.runtime.interceptors import ServicerContext
+from services.runtime.telemetry import add_request_fields
+from services.store.base import Store, StoredManifest
+
+_DEFAULT_PAGE_SIZE: Final = 50
+_READS_AT_ONCE: Final = 16
+
+
+class SessionServicer(session_pb2_grpc.SessionServiceServicer):
+    """Creates, shows, lists and deletes sessions of the gateway's tenant."""
+
+    def __init__(self, settings: GatewaySettings, store: Store, router: Router) -> None:
+        self._settings = settings
+        self._tenant = settings.tenant
+        self._store = store
+        self._router = router
+
+    async def CreateSession(
+        self, request: session_pb2.CreateSessionRequest, context: ServicerContext
+    ) -> session_pb2.CreateSessionResponse:
+        validation.check_create_session(request, max_ttl_s=self._settings.max_session_ttl_s)
+        ttl_s = self._settings.session_ttl_s
+        if request.HasField("ttl"):
+            ttl_s = validation.seconds(request.ttl)
+        manifest = new_manifest(
+            tenant=self._tenant,
+            session_id=request.session_id or f"s-{uuid.uuid4().hex}",
+            model=await self._router.resolve_model(request.model),
+            ttl_s=ttl_s,
+        )
+        if request.HasField("compression"):
+            manifest.compression.CopyFrom(request.compression)
+        add_request_fields(session_id=manifest.session_id)
+
+        body = manifest.SerializeToString()
+        await self._store.create_manifest(self._tenant, manifest.session_id, body, ttl_s=ttl_s)
+
+        stored = StoredManifest(body=body, version=1, expires_in_s=ttl_s)
+        return session_pb2.CreateSessionResponse(session=session_of(manifest, stored))
+
+    async def GetSession(
+        self, request: session_pb2.GetSessionRequest, context: ServicerContext
+    ) -> session_pb2.GetSessionResponse:
+        validation.check_session_id(request.session_id)
+        add_request_fields(session_id=request.session_id)
+
+        manifest, stored = await read_manifest(self._store, self._tenant, request.session_id)
+
+        return session_pb2.GetSessionResponse(session=session_of(manifest, stored))
+
+    async def ListSessions(
+        self, request: session_pb2.ListSessionsRequest, context: ServicerContext
+    ) -> session_pb2.ListSessionsResponse:
+        validation.check_list_sessions(request)
+        page = await self._store.list_sessions(
+            self._tenant,
+            page_size=request.page_size or _DEFAULT_PAGE_SIZE,
+            page_token=request.page_token,
+        )
+
+        reads_at_once = asyncio.Semaphore(_READS_AT_ONCE)
+        found = await asyncio.gather(
+            *(self._session_if_there(session_id, reads_at_once) for session_id in page.session_ids)
+        )
+
+        return session_pb2.ListSessionsResponse(
+            sessions=[session for session in found if session is not None],
+            next_page_token=page.next_page_token,
+        )
+
+    async def DeleteSession(
+        self, request: session_pb2.DeleteSessionRequest, context: ServicerContext
+    ) -> session_pb2.DeleteSessionResponse:
+        validation.check_session_id(request.session_id)
+        add_request_fields(session_id=request.session_id)
+
+        lease_ttl_s = self._settings.lease_ttl_s
+        async with turn_lease(self._store, self._tenant, request.session_id, ttl_s=lease_ttl_s):
+            await self._store.delete_manifest(self._tenant, request.session_id)
+
+        return session_pb2.DeleteSessionResponse()
+
+    async def _session_if_there(
+        self, session_id: str, reads_at_once: asyncio.Semaphore
+    ) -> session_pb2.Session | None:
+        """Return a listed session without its segments; ``None`` if it has expired since."""
+        async with reads_at_once:
+            try:
+                manifest, stored = await read_manifest(self._store, self._tenant, session_id)
+            except NotFoundError:
+                return None
+        return session_of(manifest, stored, with_segments=False)
