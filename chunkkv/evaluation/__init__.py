@@ -1,0 +1,1 @@
+"""How much of an answer survives compression: documents whose answers are known."""
