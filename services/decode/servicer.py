@@ -1,0 +1,200 @@
+"""DecodeService: a manifest in, tokens out, the turn committed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, types_pb2
+from services.compress.segments import covered_tokens, store_segment
+from services.decode.engine import Engine
+from services.decode.kvcache import OpenedCache, open_cache
+from services.decode.residency import ResidentSessions
+from services.decode.sampling import SamplingSettings
+from services.decode.sequence import DecodeSequence, DecodeTask
+from services.models.loader import LoadedModel
+from services.runtime.errors import InvalidRequestError, MismatchError
+from services.runtime.telemetry import add_request_fields
+from services.store.base import Store
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """Continues conversations.
+
+    Args:
+        loaded: The model.
+        engine: Runs it; started.
+        store: Where segments and manifests are.
+        resident: Caches of earlier turns.
+        worker_id: This worker's name.
+        max_output_tokens: Most tokens of an answer where the request names no number.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        engine: Engine,
+        store: Store,
+        resident: ResidentSessions,
+        *,
+        worker_id: str,
+        max_output_tokens: int,
+    ) -> None:
+        self._loaded = loaded
+        self._engine = engine
+        self._store = store
+        self._resident = resident
+        self._worker_id = worker_id
+        self._max_output_tokens = max_output_tokens
+
+    async def Decode(
+        self,
+        request: decode_pb2.DecodeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        started_at = time.perf_counter()
+        manifest = request.manifest
+        sampling = SamplingSettings.from_proto(request.sampling, seed=secrets.randbits(63))
+        self._check(manifest, sampling)
+
+        async with self._engine.slot() as slot:
+            opened = await self._open(manifest)
+            yield decode_pb2.DecodeResponse(started=self._describe(opened))
+
+            generation = slot.start(
+                DecodeTask(
+                    cache=opened.cache,
+                    pending_token_ids=manifest.token_ids[opened.cache.get_seq_length() :],
+                    sampling=sampling,
+                    max_tokens=self._max_tokens(manifest, sampling),
+                )
+            )
+            async for delta in generation:
+                yield decode_pb2.DecodeResponse(delta=delta)
+
+            commit_started_at = time.perf_counter()
+            await self._commit(manifest, generation.sequence)
+            commit_ms = _milliseconds(commit_started_at, time.perf_counter())
+
+        finish = _finish(manifest, generation.sequence, sampling, started_at, commit_ms)
+        add_request_fields(
+            session_id=manifest.session_id,
+            num_generated_tokens=finish.num_generated_tokens,
+            fetched_bytes=opened.fetched_bytes,
+            first_token_ms=round(finish.first_token_ms, 3),
+            decode_ms=round(finish.decode_ms, 3),
+        )
+        yield decode_pb2.DecodeResponse(finish=finish)
+
+    def _check(self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings) -> None:
+        fingerprint = self._loaded.fingerprint
+        if manifest.model_fingerprint not in ("", fingerprint):
+            raise MismatchError(
+                f"the session belongs to model {manifest.model!r} with fingerprint "
+                f"{manifest.model_fingerprint}; this worker runs {fingerprint}"
+            )
+        num_tokens, num_covered = len(manifest.token_ids), covered_tokens(manifest)
+        if num_covered >= num_tokens:
+            raise InvalidRequestError(
+                f"{num_covered} of {num_tokens} tokens are in segments; leave at least one pending",
+                field="manifest.token_ids",
+            )
+        if num_tokens >= self._loaded.max_model_len:
+            raise InvalidRequestError(
+                f"the conversation has {num_tokens} tokens and the model's context "
+                f"{self._loaded.max_model_len}; there is no room for an answer",
+                reason="CONTEXT_FULL",
+                field="manifest.token_ids",
+            )
+        self._check_token_ids(manifest.token_ids[num_covered:], "manifest.token_ids")
+        self._check_token_ids(sorted(sampling.stop_token_ids), "sampling.stop_token_ids")
+
+    def _check_token_ids(self, token_ids: Any, field: str) -> None:
+        vocab_size = self._loaded.model.config.get_text_config().vocab_size
+        for token_id in token_ids:
+            # An unchecked id would index outside of the embedding, which on a GPU kills the device.
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"{field} has {token_id}; send 0 to {vocab_size - 1}", field=field
+                )
+
+    def _max_tokens(self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings) -> int:
+        room = self._loaded.max_model_len - len(manifest.token_ids)
+        return min(sampling.max_tokens or self._max_output_tokens, room)
+
+    async def _open(self, manifest: manifest_pb2.Manifest) -> OpenedCache:
+        resident = self._resident.take(manifest) if manifest.session_id else None
+        return await asyncio.to_thread(open_cache, self._store, self._loaded, manifest, resident)
+
+    def _describe(self, opened: OpenedCache) -> decode_pb2.DecodeStarted:
+        return decode_pb2.DecodeStarted(
+            worker_id=self._worker_id,
+            fetched_bytes=opened.fetched_bytes,
+            fetch_ms=opened.fetch_ms,
+            num_kept_tokens=opened.cache.num_kept_tokens,
+        )
+
+    async def _commit(self, manifest: manifest_pb2.Manifest, sequence: DecodeSequence) -> None:
+        """Add the answer to the manifest, store its KV, and commit; keep the cache.
+
+        Nothing is kept of a one-off request.
+
+        Raises:
+            ConflictError: Another turn was committed meanwhile.
+            NotFoundError: The session, or one of its segments, is gone.
+            UnavailableError, OverloadedError: The store is away, or full.
+        """
+        manifest.token_ids.extend(sequence.token_ids)
+        if not manifest.session_id:
+            return
+        ttl_s = manifest.ttl.ToTimedelta().total_seconds()
+        tail = sequence.cache.take_tail
+        kv = await asyncio.to_thread(
+            tail, covered_tokens(manifest), fingerprint=self._loaded.fingerprint
+        )
+        segment = await asyncio.to_thread(store_segment, self._store, kv, manifest, ttl_s=ttl_s)
+        expected_version = manifest.version
+        manifest.segments.append(segment)
+        manifest.version += 1
+        manifest.model_fingerprint = self._loaded.fingerprint
+        manifest.num_turns += 1
+        manifest.last_decode_worker = self._worker_id
+        manifest.update_time.GetCurrentTime()
+        await self._store.commit_manifest(
+            manifest.tenant,
+            manifest.session_id,
+            manifest.SerializeToString(),
+            expected_version=expected_version,
+            ttl_s=ttl_s,
+            segment_ids=[segment.segment_id for segment in manifest.segments],
+        )
+        self._resident.put(manifest, sequence.cache)
+
+
+def _finish(
+    manifest: manifest_pb2.Manifest,
+    sequence: DecodeSequence,
+    sampling: SamplingSettings,
+    started_at: float,
+    commit_ms: float,
+) -> types_pb2.Finish:
+    return types_pb2.Finish(
+        reason=sequence.finish_reason,
+        matched_stop=sequence.matched_stop,
+        num_generated_tokens=len(sequence.token_ids),
+        num_total_tokens=len(manifest.token_ids),
+        seed=sampling.seed,
+        session_version=manifest.version if manifest.session_id else 0,
+        first_token_ms=_milliseconds(started_at, sequence.first_token_at),
+        decode_ms=_milliseconds(sequence.first_token_at, sequence.last_token_at),
+        commit_ms=commit_ms,
+    )
+
+
+def _milliseconds(start_s: float, end_s: float) -> float:
+    return 1000 * (end_s - start_s)
