@@ -164,11 +164,13 @@ class Connection:
             raise caught
         return cancelled(request_id)
 
-    def metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
+    def metadata(self, request_id: str, avoid_worker: str = "") -> tuple[tuple[str, str], ...]:
         """Return what goes with every call."""
         metadata: tuple[tuple[str, str], ...] = ()
         if _is_header_value(request_id):  # if not, the server says what is wrong with it
             metadata = (("x-request-id", request_id),)
+        if avoid_worker:
+            metadata = (*metadata, ("x-chunkserve-avoid-worker", avoid_worker))
         if self._token is not None:
             metadata = (*metadata, ("authorization", f"Bearer {self._token}"))
         return metadata

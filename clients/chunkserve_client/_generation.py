@@ -36,10 +36,12 @@ class Generation:
         request: inference_pb2.GenerateRequest,
         *,
         timeout_s: float,
+        avoid_worker: str = "",
     ) -> None:
         self._connection = connection
         self._request = request
         self._timeout_s = timeout_s
+        self._avoid_worker = avoid_worker
         self._call: (
             grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
             | None
@@ -166,7 +168,7 @@ class Generation:
         self._call = self._connection.inference.Generate(
             self._request,
             timeout=remaining_s,
-            metadata=self._connection.metadata(self.request_id),
+            metadata=self._connection.metadata(self.request_id, self._avoid_worker),
         )
         stream = aiter(self._call)
         return await anext(stream, None), stream

@@ -64,6 +64,7 @@ def start_generation(
         connection,
         generate_request(prompt, session_id, request_id, options),
         timeout_s=connection.timeout_s if timeout_s is None else checked_timeout(timeout_s),
+        avoid_worker=options.get("avoid_worker") or "",
     )
 
 

@@ -69,6 +69,8 @@ class GenerateOptions(TypedDict, total=False):
         model: The model to ask.
         timeout_s: Deadline of the whole answer; the client's if left out.
         request_id: Names the request in logs; made up if left out.
+        avoid_worker: Id of a decode worker that must not answer if another one can, to see that
+            any of them does.
     """
 
     messages: Sequence[Message | Mapping[str, str]] | None
@@ -88,6 +90,7 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     timeout_s: float | None
     request_id: str | None
+    avoid_worker: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ def _details(error: grpc.aio.AioRpcError) -> _Details:
                 found.field_violations = tuple(
                     FieldViolation(v.field, v.description) for v in request.field_violations
                 )
-    except (DecodeError, ValueError):  # ValueError: a delay out of range
+    except (DecodeError, ValueError, OverflowError):  # the latter two: an absurd delay
         return _Details()
     return found
 

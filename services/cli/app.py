@@ -9,10 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from chunkserve_client import ChunkServeError
-from services.cli import chat, generate, models, servers, sessions
+from services.cli import chat, generate, local, models, servers, sessions
 from services.cli.output import print_error
 
 _CLIENT = "Ask"
+_LOCAL = "Run a cluster on this machine"
 _SERVERS = "Run one process, configured by CHUNKSERVE_* variables"
 
 
@@ -56,6 +57,11 @@ app.command("chat", rich_help_panel=_CLIENT)(chat.chat)
 app.add_typer(sessions.app, name="sessions", rich_help_panel=_CLIENT)
 app.command("models", rich_help_panel=_CLIENT)(models.models)
 app.command("count", rich_help_panel=_CLIENT)(models.count)
+
+app.command("up", rich_help_panel=_LOCAL)(local.up)
+app.command("down", rich_help_panel=_LOCAL)(local.down)
+app.command("status", rich_help_panel=_LOCAL)(local.status)
+app.command("demo", rich_help_panel=_LOCAL)(local.demo)
 
 app.command("gateway", rich_help_panel=_SERVERS)(servers.gateway)
 app.command("prefill", rich_help_panel=_SERVERS)(servers.prefill)
