@@ -71,8 +71,12 @@ class Gateway:
 
     async def close(self) -> None:
         """After the server has stopped: wait for the cleaning up of cancelled requests, close."""
-        await self._admission.wait_idle()
+        await self.wait_idle()
         await self._channels.close()
+
+    async def wait_idle(self) -> None:
+        """Wait until no Generate or CountTokens call runs, cleaning up included."""
+        await self._admission.wait_idle()
 
 
 async def serve(settings: GatewaySettings) -> None:

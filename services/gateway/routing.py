@@ -165,7 +165,7 @@ class Router:
             has_role = worker.role == role and worker.model == model
             return has_role and fingerprint in ("", worker.fingerprint)
 
-        living = await self._living(fits)
+        living = await self._living(lambda w: fits(w) and w.worker_id not in exclude)
         fitting = [worker for worker in living if fits(worker)]
         found = [worker for worker in fitting if worker.worker_id not in exclude]
         if found:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from chunkserve.v1 import inference_pb2, inference_pb2_grpc, manifest_pb2
+from chunkserve.v1 import inference_pb2, inference_pb2_grpc, manifest_pb2, types_pb2
 from services.gateway import validation
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
@@ -66,9 +66,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     avoid_worker=_avoided_worker(context),
                 )
                 if request.session_id:
-                    await self._continue_session(turn)
+                    finish = await self._continue_session(turn)
                 else:
-                    await self._answer_once(turn)
+                    finish = await self._answer_once(turn)
+                await context.write(inference_pb2.GenerateResponse(finish=finish))
 
     async def CountTokens(
         self, request: inference_pb2.CountTokensRequest, context: ServicerContext
@@ -85,22 +86,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ListModelsResponse:
         return inference_pb2.ListModelsResponse(models=await self._router.models())
 
-    async def _continue_session(self, turn: Turn) -> None:
+    async def _continue_session(self, turn: Turn) -> types_pb2.Finish:
         tenant, session_id = self._settings.tenant, turn.request.session_id
         # The lease comes first: what is read under it is what this turn will replace.
         async with turn_lease(self._store, tenant, session_id, ttl_s=self._settings.lease_ttl_s):
             manifest, _ = await read_manifest(self._store, tenant, session_id)
             _check_model(turn.request.model, manifest)
-            await self._turns.run(turn, manifest)
+            return await self._turns.run(turn, manifest)
 
-    async def _answer_once(self, turn: Turn) -> None:
+    async def _answer_once(self, turn: Turn) -> types_pb2.Finish:
         manifest = new_manifest(
             tenant=self._settings.tenant,
             session_id="",
             model=await self._router.resolve_model(turn.request.model),
             ttl_s=self._settings.ephemeral_ttl_s,
         )
-        await self._turns.run(turn, manifest)
+        return await self._turns.run(turn, manifest)
 
     @asynccontextmanager
     async def _time_limit(self, context: ServicerContext) -> AsyncIterator[Callable[[], float]]:

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
-from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2
+from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, types_pb2
 from services.gateway.channels import WorkerChannels
 from services.gateway.lease import finish
 from services.gateway.manifests import num_cached_tokens
@@ -57,10 +57,11 @@ class TurnRunner:
         self._router = router
         self._channels = channels
 
-    async def run(self, turn: Turn, manifest: manifest_pb2.Manifest) -> None:
-        """Answer ``turn`` on top of ``manifest``, from its PromptInfo to its Finish.
+    async def run(self, turn: Turn, manifest: manifest_pb2.Manifest) -> types_pb2.Finish:
+        """Answer ``turn`` on top of ``manifest``: send its PromptInfo and tokens, return its end.
 
-        With a session's manifest, the decode worker commits the turn. Without a session id,
+        The end is the caller's to send, once the session is free: who has seen it may send the
+        next turn at once. With a session's manifest, the decode worker commits the turn. Without a session id,
         nothing is kept, however this ends.
 
         Raises:
@@ -73,7 +74,7 @@ class TurnRunner:
         await self._router.pick_decode(manifest.model, fingerprint=manifest.model_fingerprint)
         prefilled = await self._prefill(turn, manifest)
         try:
-            await self._decode(turn, prefilled)
+            return await self._decode(turn, prefilled)
         finally:
             if not manifest.session_id:
                 await finish("one_off.delete", self._delete_segments(prefilled.manifest))
@@ -123,7 +124,7 @@ class TurnRunner:
         )
         return await ask(other)
 
-    async def _decode(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> None:
+    async def _decode(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> types_pb2.Finish:
         request = decode_pb2.DecodeRequest(
             manifest=prefilled.manifest, sampling=turn.request.sampling
         )
@@ -142,8 +143,7 @@ class TurnRunner:
                 async with aclosing(call) as events:
                     async for event in events:
                         await relay.forward(event)
-                relay.check_finished()
-                return
+                return relay.finish()
             except ServiceError as error:
                 if relay.has_begun or tried or not _may_go_elsewhere(error):
                     raise
@@ -162,11 +162,11 @@ class _Relay:
         self._turn = turn
         self._prefilled = prefilled
         self._has_token = False
-        self._has_finished = False
+        self._finish: types_pb2.Finish | None = None
         self.has_begun = False
 
     async def forward(self, event: decode_pb2.DecodeResponse) -> None:
-        """Send the event on."""
+        """Send the event on; keep the last one."""
         self.has_begun = True
         match event.WhichOneof("event"):
             case "started":
@@ -179,17 +179,17 @@ class _Relay:
                     add_request_fields(first_token_ms=_ms_since(self._turn.started_at))
                 await self._turn.send(inference_pb2.GenerateResponse(delta=event.delta))
             case "finish":
-                self._has_finished = True
+                self._finish = event.finish
                 add_request_fields(num_generated_tokens=event.finish.num_generated_tokens)
-                await self._turn.send(inference_pb2.GenerateResponse(finish=event.finish))
 
-    def check_finished(self) -> None:
-        """Raise unless the worker's last word was Finish: an answer is not cut off silently."""
-        if not self._has_finished:
+    def finish(self) -> types_pb2.Finish:
+        """Return the worker's last word; without one, the answer was cut off: not silently."""
+        if self._finish is None:
             raise UnavailableError(
                 "the decode worker ended before the answer was complete; try again",
                 reason=WORKER_UNAVAILABLE,
             )
+        return self._finish
 
 
 def _prompt_info(
