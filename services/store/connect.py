@@ -74,7 +74,7 @@ def parse_store_url(url: str) -> Endpoint:
 def async_client(endpoint: Endpoint) -> AsyncClient:
     """Return a client for event loops."""
     if endpoint.is_cluster:
-        return redis.asyncio.RedisCluster.from_url(endpoint.url, **_client_options())
+        return redis.asyncio.RedisCluster.from_url(endpoint.url, **_cluster_options())
     return redis.asyncio.Redis.from_url(endpoint.url, **_client_options())
 
 
@@ -145,7 +145,9 @@ class ClusterNodes:
         with self._lock:
             if self._cluster is None:
                 # redis-py's constructor connects, so this waits for the first use.
-                self._cluster = redis.RedisCluster.from_url(self._endpoint.url, **_client_options())
+                self._cluster = redis.RedisCluster.from_url(
+                    self._endpoint.url, **_cluster_options()
+                )
             elif self._is_stale:
                 self._cluster.nodes_manager.initialize()
             self._is_stale = False
@@ -162,3 +164,9 @@ def _client_options() -> dict[str, Any]:
         # With them, pools no longer test whether an idle connection is still good.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
+
+
+def _cluster_options() -> dict[str, Any]:
+    # By default every fifth redirection, of which the first use has several, makes redis-py close
+    # the connections that others are using.
+    return _client_options() | {"reinitialize_steps": 0}

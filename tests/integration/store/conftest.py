@@ -41,13 +41,13 @@ class Server:
         for node in self.nodes:
             node.flushall()
 
-    def keys(self) -> dict[str, redis.Redis]:
-        """Return every key, with the node that holds it."""
+    def holders(self) -> dict[str, redis.Redis]:
+        """Return the node that holds each key, by key."""
         return {key.decode(): node for node in self.nodes for key in node.scan_iter(count=1000)}
 
     def only_key(self, *, ending: str) -> tuple[str, redis.Redis]:
         """Return the one key whose name ends so, with its node."""
-        [found] = [(key, node) for key, node in self.keys().items() if key.endswith(ending)]
+        [found] = [(key, node) for key, node in self.holders().items() if key.endswith(ending)]
         return found
 
     def ttl_s(self, *, ending: str) -> float:
@@ -198,7 +198,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     running: Server = request.getfixturevalue(f"{request.param}_server")
     running.flush()
     yield running
-    immortal = [key for key, node in running.keys().items() if node.ttl(key) == -1]
+    immortal = [key for key, node in running.holders().items() if node.ttl(key) == -1]
     running.flush()
     assert immortal == [], "every key must have a TTL"
 
