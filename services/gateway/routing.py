@@ -73,14 +73,14 @@ class Router:
         Raises:
             NotFoundError: No worker has it (``MODEL_NOT_FOUND``).
             InvalidRequestError: None is named, there is no default, and several live.
-            UnavailableError: No worker of any model lives.
+            UnavailableError: No worker of any model lives, or none of the default one.
         """
         wanted = model or self._default_model
         living = await self._living(lambda worker: worker.model == wanted)
         models = sorted({worker.model for worker in living})
         if wanted in models:
             return wanted
-        if not models:
+        if not models or (wanted and wanted == self._default_model):
             raise _no_worker("prefill", f" of {_named(wanted)}")
         if wanted:
             raise NotFoundError(

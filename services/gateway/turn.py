@@ -60,9 +60,12 @@ class TurnRunner:
     async def run(self, turn: Turn, manifest: manifest_pb2.Manifest) -> types_pb2.Finish:
         """Answer ``turn`` on top of ``manifest``: send its PromptInfo and tokens, return its end.
 
-        The end is the caller's to send, once the session is free: who has seen it may send the
-        next turn at once. With a session's manifest, the decode worker commits the turn. Without a session id,
+        With a session's manifest, the decode worker commits the turn. Without a session id,
         nothing is kept, however this ends.
+
+        Returns:
+            The end, which is the caller's to send once the session is free: a client that has
+            seen it may send the next turn at once.
 
         Raises:
             ServiceError: What a worker raised, unchanged.

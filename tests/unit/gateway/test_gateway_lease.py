@@ -1,0 +1,117 @@
+"""The turn lease and cleaning up, over a store that is told when to fail."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.gateway.lease import finish, turn_lease
+from services.runtime.errors import ConflictError, NotFoundError, UnavailableError
+from services.store.base import SessionStore
+
+WAIT_S = 10.0
+
+
+class LeaseStore:
+    """The lease methods of a store, with answers that are set beforehand."""
+
+    def __init__(self, *renewals: bool | Exception) -> None:
+        self.renewals = list(renewals)
+        self.all_renewed = asyncio.Event()
+        self.is_held = False
+        self.release_error: Exception | None = None
+
+    async def acquire_lease(self, tenant: str, session_id: str, *, ttl_s: float) -> str:
+        self.is_held = True
+        return "token"
+
+    async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
+        if not self.renewals:
+            self.all_renewed.set()
+            return True
+        answer = self.renewals.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def release_lease(self, tenant: str, session_id: str, token: str) -> None:
+        if self.release_error is not None:
+            raise self.release_error
+        self.is_held = False
+
+
+def lease(store: LeaseStore, ttl_s: float = 0.03):  # type: ignore[no-untyped-def]
+    return turn_lease(as_store(store), "default", "s-1", ttl_s=ttl_s)
+
+
+def as_store(store: LeaseStore) -> SessionStore:
+    return store  # type: ignore[return-value]  # only what a lease needs
+
+
+async def test_a_lost_lease_cancels_the_turn() -> None:
+    store = LeaseStore(True, False)
+
+    with pytest.raises(ConflictError) as caught:
+        async with lease(store):
+            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+
+    assert caught.value.error_reason == "LEASE_LOST"
+    assert not store.is_held
+
+
+async def test_a_store_that_hiccups_does_not_end_the_turn() -> None:
+    store = LeaseStore(UnavailableError("away"), True)
+
+    async with lease(store, ttl_s=3):
+        await asyncio.wait_for(store.all_renewed.wait(), WAIT_S)
+
+    assert not store.is_held
+
+
+async def test_a_store_that_stays_away_ends_the_turn() -> None:
+    store = LeaseStore(*[UnavailableError("away")] * 100)
+
+    with pytest.raises(UnavailableError, match="away"):
+        async with lease(store):
+            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+
+
+async def test_an_error_of_the_turn_comes_out_as_it_is_and_frees_the_lease() -> None:
+    store = LeaseStore()
+
+    with pytest.raises(NotFoundError, match="gone"):
+        async with lease(store):
+            raise NotFoundError("gone")
+
+    assert not store.is_held
+
+
+async def test_a_lease_that_cannot_be_released_does_not_fail_the_turn() -> None:
+    store = LeaseStore()
+    store.release_error = UnavailableError("away")
+
+    async with lease(store):
+        pass
+
+    assert store.is_held
+
+
+async def test_a_cleanup_runs_to_its_end_also_when_cancelled_twice() -> None:
+    has_started, may_end, has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def cleanup() -> None:
+        has_started.set()
+        await may_end.wait()
+        has_ended.set()
+
+    task = asyncio.create_task(finish("cleanup", cleanup()))
+    await has_started.wait()
+    for _ in range(2):
+        task.cancel()
+        await asyncio.sleep(0)  # lets the cancellation in
+    may_end.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert has_ended.is_set()
