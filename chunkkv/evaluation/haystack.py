@@ -60,7 +60,7 @@ def haystack(
     rng = random.Random(seed)
     things = rng.sample(_THINGS, num_needles)
     needles = tuple(make_needle(rng, thing, num_digits=num_digits) for thing in things)
-    sentences = _sentences()
+    sentences = prose_sentences()
     start = rng.randrange(len(sentences))
     length = 0
     chosen: list[str] = []
@@ -87,7 +87,7 @@ def graded(answer: str, generated: str) -> float:
 
 
 @cache
-def _sentences() -> tuple[str, ...]:
+def prose_sentences() -> tuple[str, ...]:
     """Return sentences of prose: no code, no tables, no markup."""
     paragraphs = (p for topic in sorted(topics) for p in topics[topic].split("\n\n"))
     prose = (

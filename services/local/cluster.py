@@ -64,7 +64,7 @@ class LocalCluster:
 
     def __init__(self, options: ClusterOptions, *, say: Say = lambda text: None) -> None:
         self._options = options
-        self._say = say
+        self.say = say
         self._store: EmbeddedValkey | None = None
         self._children: list[Child] = []
         self.redis_url = options.redis_url
@@ -108,13 +108,13 @@ class LocalCluster:
         options.directory.mkdir(parents=True, exist_ok=True)
         self.port = _claim_port(options.port)
         if not options.redis_url:
-            self._say("starting the store")
+            self.say("starting the store")
             self._store = EmbeddedValkey(
                 EmbeddedOptions(directory=options.directory, maxmemory_bytes=options.store_bytes)
             )
             self._store.start()
             self.redis_url = self._store.url
-        self._say("starting prefill, decode (Ray) and gateway")
+        self.say("starting prefill, decode (Ray) and gateway")
         self._start("prefill", CHUNKSERVE_LISTEN="127.0.0.1:0")
         self._start("decode", CHUNKSERVE_DECODE_REPLICAS=str(options.num_decode_workers))
         self._start("gateway", CHUNKSERVE_LISTEN=self.address)
@@ -161,7 +161,7 @@ class LocalCluster:
                 counts = {role: sum(w.role == role for w in workers) for role in wanted}
                 if counts != seen:
                     seen = counts
-                    self._say(", ".join(f"{n} of {wanted[r]} {r}" for r, n in counts.items()))
+                    self.say(", ".join(f"{n} of {wanted[r]} {r}" for r, n in counts.items()))
                 if all(counts[role] >= n for role, n in wanted.items()) and await self._serves():
                     return
                 if time.monotonic() > deadline:
