@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -89,10 +90,9 @@ class EmbeddedValkey:
     def url(self) -> str:
         """Store URL: of the TCP port if there is one, else of the unix socket."""
         self._running()
-        password = f":{quote(self._options.password, safe='')}@" if self._options.password else ""
         if self._port is not None:
-            return f"redis://{password}127.0.0.1:{self._port}/0"
-        return f"unix://{password}{quote(str(self._socket_path))}"
+            return f"redis://{self._credentials}127.0.0.1:{self._port}/0"
+        return self._unix_url
 
     def start(self) -> None:
         """Start the server and wait until it answers.
@@ -140,6 +140,15 @@ class EmbeddedValkey:
             raise EmbeddedStoreError("the embedded store is not running; call start()")
         return self._directory.absolute() / _SOCKET_NAME
 
+    @property
+    def _unix_url(self) -> str:
+        return f"unix://{self._credentials}{quote(str(self._socket_path))}"
+
+    @property
+    def _credentials(self) -> str:
+        password = self._options.password
+        return f":{quote(password, safe='')}@" if password else ""
+
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             raise EmbeddedStoreError("the embedded store is not running; call start()")
@@ -147,16 +156,19 @@ class EmbeddedValkey:
 
     def _launch(self, binary: Path) -> subprocess.Popen[bytes]:
         # The configuration goes through stdin: a password in the arguments would be seen by all.
-        process = subprocess.Popen(
-            [str(binary), "-"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self._directory,
-            preexec_fn=_end_with_parent(os.getpid()),
-        )
+        try:
+            process = subprocess.Popen(
+                [str(binary), "-"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=self._directory,
+                preexec_fn=_end_with_parent(os.getpid()),
+            )
+        except OSError as error:
+            raise EmbeddedStoreError(f"cannot run {binary}: {error}") from None
         assert process.stdin is not None
-        with process.stdin as stdin:
+        with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(self._configuration().encode())
         return process
 
@@ -182,7 +194,8 @@ class EmbeddedValkey:
     def _wait_until_ready(self) -> None:
         process = self._running()
         deadline = time.monotonic() + START_TIMEOUT_S
-        with redis.Redis.from_url(self.url, socket_timeout=START_TIMEOUT_S) as client:
+        # Over the socket, which is surely its own: on the port, another server could answer.
+        with redis.Redis.from_url(self._unix_url, socket_timeout=START_TIMEOUT_S) as client:
             while True:
                 if process.poll() is not None:
                     raise EmbeddedStoreError(

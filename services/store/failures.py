@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from redis.exceptions import (
     AskError,
@@ -29,10 +30,11 @@ from services.runtime.errors import (
     UnavailableError,
 )
 
-RETRY_AFTER_S = 1.0
+RETRY_AFTER_S: Final = 1.0
+MAX_TTL_S: Final = 10 * 365 * 86_400
 
-_CREDENTIALS = "check the user, its password and its permissions in the store URL"
-_WAIT = "it is starting up or changing roles; retry"
+_CREDENTIALS: Final = "check the user, its password and its permissions in the store URL"
+_WAIT: Final = "it is starting up or changing roles; retry"
 
 
 @contextmanager
@@ -68,10 +70,12 @@ def ttl_ms(ttl_s: float) -> int:
     """Return a TTL in the server's unit.
 
     Raises:
-        InvalidRequestError: It is not positive: the server would delete the key.
+        InvalidRequestError: It is not positive (the server would delete the key), or too long.
     """
-    if not ttl_s > 0:
-        raise InvalidRequestError(f"ttl is {ttl_s} s; it must be greater than 0", field="ttl")
+    if not 0 < ttl_s <= MAX_TTL_S:
+        raise InvalidRequestError(
+            f"ttl is {ttl_s} s; it must be greater than 0 and at most {MAX_TTL_S}", field="ttl"
+        )
     return max(1, round(ttl_s * 1000))
 
 

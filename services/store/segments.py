@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import redis
 from redis.exceptions import MovedError
@@ -22,7 +22,7 @@ from services.store.base import Buffer
 from services.store.connect import Nodes
 from services.store.failures import segment_not_found, store_errors, ttl_ms
 
-MAX_PART_BYTES = 512 << 20  # Redis's own limit, past which it just hangs up
+MAX_PART_BYTES: Final = 512 << 20  # Redis's own limit, past which it just hangs up
 
 _T = TypeVar("_T")
 

@@ -27,7 +27,7 @@ from services.store.connect import AsyncClient
 from services.store.failures import segment_not_found, store_errors, ttl_ms
 
 # Segments outlive the sessions that name them, so that a session that can be read can be used.
-SEGMENT_GRACE_S: Final = 60.0
+SEGMENT_GRACE_MS: Final = 60_000
 
 # Entries read at once, so that a small page does not crawl over many expired ones.
 _MIN_LIST_BATCH: Final = 64
@@ -138,7 +138,7 @@ class RedisSessions:
         lifetime = ttl_ms(ttl_s)
         with store_errors(self._where):
             await self._extend_segments(
-                list(dict.fromkeys(segment_ids)), ttl_ms(ttl_s + SEGMENT_GRACE_S)
+                list(dict.fromkeys(segment_ids)), lifetime + SEGMENT_GRACE_MS
             )
             answer = await self._commit(
                 keys=[keys.manifest(tenant, session_id)],
