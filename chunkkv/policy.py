@@ -21,6 +21,7 @@ DEFAULT_KEEP_RATIO: Final = 0.3
 # A ratio is read as the nearest fraction with at most this denominator, so that 0.8 means 4/5 and
 # not 0.8000000119 (its 32-bit neighbour), and budgets are integer arithmetic.
 _MAX_DENOMINATOR: Final = 10_000
+_LEAST_RATIO: Final = (1 - 2**-24) / _MAX_DENOMINATOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,10 @@ class CompressionPolicy:
                 )
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if name == "max_kept_tokens" and value is None:
+                continue
+            # True is an integer to Python, and would have a canonical name of its own.
+            if type(value) is not int or value < least:
                 raise InvalidPolicyError(
                     f"{name} is {value!r}; give an integer of at least {least}"
                 )
@@ -97,13 +101,19 @@ class CompressionPolicy:
         return self.chunk_size if self.unit == "chunk" else 1
 
     def canonical(self) -> str:
-        """Return a string that is equal for policies that choose equally, and for no others."""
+        """Return a string that names what this policy chooses.
+
+        Equal for policies that keep the same tokens with the same scores of any prompt and model,
+        and for no others.
+        """
         budget = (
             f"max_kept_tokens={self.max_kept_tokens}"
             if self.max_kept_tokens is not None
             else f"keep_ratio={_fraction(self.keep_ratio or 0.0)}"
         )
-        scope = f"group/{self.reuse_interval}" if self.scope == "group" else self.scope
+        scope: str = self.scope
+        if scope == "group":
+            scope = f"group/{self.reuse_interval}" if self.reuse_interval > 1 else "layer"
         return (
             f"{budget} scorer={self.scorer} unit={self.ranked_tokens} scope={scope} "
             f"window={self.window_size} sink={self.sink_tokens}"
@@ -119,9 +129,11 @@ _LEAST: Final = {
 }
 
 
-def _is_ratio(value: float) -> bool:
-    # NaN and infinities fail the comparison.
-    return 1 / _MAX_DENOMINATOR <= value <= 1
+def _is_ratio(value: object) -> bool:
+    if type(value) is int:
+        return value == 1
+    # NaN and infinities fail the comparison; the 32-bit neighbour of the least fraction passes.
+    return isinstance(value, float) and _LEAST_RATIO <= value <= 1
 
 
 def _fraction(ratio: float) -> Fraction:

@@ -90,6 +90,8 @@ def select_positions(
     """
     seq_len = scores.shape[-1]
     budget = min(budget, seq_len)
+    # One chunk holds everything; its size must not cost memory.
+    unit_tokens = min(unit_tokens, seq_len)
     num_window = min(window_size, budget)
     num_sink = min(sink_tokens, budget - num_window)
     num_ranked = budget - num_window - num_sink
