@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from chunkserve.v1 import (
@@ -32,7 +32,7 @@ from chunkserve.v1 import (
 )
 from services.gateway.app import Gateway
 from services.gateway.config import GatewaySettings
-from services.runtime.interceptors import current_request_id
+from services.runtime.interceptors import ServicerContext, current_request_id
 from services.runtime.server import GrpcServer, open_channel
 from services.store.base import Store, WorkerInfo
 
@@ -43,8 +43,6 @@ KV_BYTES_PER_TOKEN = 100
 WAIT_S = 10.0
 
 DEFAULT_POLICY = types_pb2.CompressionPolicy(keep_ratio=0.5, scorer=types_pb2.SCORER_WINDOW)
-
-Context = grpc.aio.ServicerContext
 
 
 class Gate:
@@ -81,7 +79,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.error: Exception | None = None
 
     async def Prefill(
-        self, request: prefill_pb2.PrefillRequest, context: Context
+        self, request: prefill_pb2.PrefillRequest, context: ServicerContext
     ) -> prefill_pb2.PrefillResponse:
         self.requests.append(request)
         self.request_ids.append(current_request_id())
@@ -111,7 +109,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
     async def Tokenize(
-        self, request: prefill_pb2.TokenizeRequest, context: Context
+        self, request: prefill_pb2.TokenizeRequest, context: ServicerContext
     ) -> prefill_pb2.TokenizeResponse:
         self.request_ids.append(current_request_id())
         await self.gate.pass_through()
@@ -135,7 +133,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.ends_early = False
 
     async def Decode(
-        self, request: decode_pb2.DecodeRequest, context: Context
+        self, request: decode_pb2.DecodeRequest, context: ServicerContext
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         self.requests.append(request)
         self.request_ids.append(current_request_id())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from services.runtime.errors import ERROR_DOMAIN, InvalidRequestError
@@ -123,7 +124,7 @@ async def test_no_model_is_named_and_several_live(cluster: FakeCluster) -> None:
 
 @pytest.mark.parametrize("call", ["generate", "count_tokens", "create_session"])
 async def test_no_worker_at_all_is_unavailable(cluster: FakeCluster, call: str) -> None:
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         "generate": cluster.generate,
         "count_tokens": lambda: cluster.inference.CountTokens(
             inference_pb2.CountTokensRequest(text="a")
@@ -209,10 +210,11 @@ async def test_raw_bytes_that_are_no_message_are_invalid_argument(
     cluster: FakeCluster, method: str, raw: bytes
 ) -> None:
     path = f"/chunkserve.v1.{method}"
+    channel: Any = cluster.channel
     if method.endswith("Generate"):
-        answer = cluster.channel.unary_stream(path)(raw).read()
+        answer = channel.unary_stream(path)(raw).read()
     else:
-        answer = cluster.channel.unary_unary(path)(raw)
+        answer = channel.unary_unary(path)(raw)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await answer

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 
 from chunkserve.v1 import session_pb2, types_pb2
 from tests.fakes import ANSWER, MODEL, WAIT_S, FakeCluster, details, error_info
@@ -117,12 +117,10 @@ async def test_a_deleted_session_is_gone(cluster: FakeCluster) -> None:
     await cluster.sessions.DeleteSession(session_pb2.DeleteSessionRequest(session_id="s-1"))
 
     assert list((await list_page(cluster)).sessions) == []
-    for call, request in (
-        (cluster.sessions.GetSession, session_pb2.GetSessionRequest(session_id="s-1")),
-        (cluster.sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id="s-1")),
-    ):
+    for method in ("GetSession", "DeleteSession"):
+        request = getattr(session_pb2, f"{method}Request")(session_id="s-1")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(request)
+            await getattr(cluster.sessions, method)(request)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert error_info(caught.value).reason == "SESSION_NOT_FOUND"
 

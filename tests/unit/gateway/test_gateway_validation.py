@@ -12,7 +12,9 @@ from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from services.gateway import validation
 from services.runtime.errors import InvalidRequestError
 
-SAMPLING_FIELDS = [
+Fields = list[tuple[str, list[Any], list[Any]]]
+
+SAMPLING_FIELDS: Fields = [
     # field, values in range, values out of range
     ("max_tokens", [1, 2**31 - 1], [0, -3]),
     ("min_tokens", [0, 5], [-1]),
@@ -23,7 +25,7 @@ SAMPLING_FIELDS = [
     ("seed", [0, -1, 2**63 - 1], []),
     ("ignore_eos", [True, False], []),
 ]
-POLICY_FIELDS = [
+POLICY_FIELDS: Fields = [
     ("keep_ratio", [0.001, 0.1, 1], [0, -0.5, 1.5, math.nan, math.inf]),
     ("max_kept_tokens", [1, 10_000], [0, -1]),
     ("chunk_size", [1, 20], [0, -1]),
@@ -36,7 +38,7 @@ POLICY_FIELDS = [
 ]
 
 
-def flatten(fields: list[tuple[str, list[Any], list[Any]]], index: int) -> list[tuple[str, Any]]:
+def flatten(fields: Fields, index: int) -> list[tuple[str, Any]]:
     return [(field[0], value) for field in fields for value in field[index]]
 
 

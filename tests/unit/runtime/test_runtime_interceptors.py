@@ -160,9 +160,7 @@ async def test_a_stream_that_is_cancelled_while_it_writes_is_closed_in_its_own_t
 
 
 @pytest.mark.parametrize("raw", [b"\x0a\x02\xff\xfe", b"\xff\xff"], ids=["utf8", "no_message"])
-async def test_bytes_that_are_no_message_are_invalid_argument(
-    channel: grpc.aio.Channel, raw: bytes
-) -> None:
+async def test_bytes_that_are_no_message_are_invalid_argument(channel: Any, raw: bytes) -> None:
     path = "/chunkserve.v1.InferenceService/"
 
     with pytest.raises(grpc.aio.AioRpcError) as unary:
@@ -176,7 +174,7 @@ async def test_bytes_that_are_no_message_are_invalid_argument(
         assert "encode it with the published .proto files" in str(caught.value.details())
 
 
-async def test_a_method_that_does_not_exist_is_unimplemented(channel: grpc.aio.Channel) -> None:
+async def test_a_method_that_does_not_exist_is_unimplemented(channel: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await channel.unary_unary("/chunkserve.v1.InferenceService/Nothing")(b"")
 
@@ -239,7 +237,7 @@ async def test_fields_outside_of_a_request_go_nowhere() -> None:
 
 
 async def test_streaming_requests_are_not_served_silently() -> None:
-    handler = grpc.stream_unary_rpc_method_handler(lambda requests, context: None)
+    handler: Any = grpc.stream_unary_rpc_method_handler(lambda requests, context: None)
 
     class Details:
         method = "/chunkserve.v1.Some/Method"
@@ -253,7 +251,7 @@ async def test_streaming_requests_are_not_served_silently() -> None:
 
 
 async def test_methods_that_are_not_ours_are_left_alone() -> None:
-    handler = grpc.stream_unary_rpc_method_handler(lambda requests, context: None)
+    handler: Any = grpc.stream_unary_rpc_method_handler(lambda requests, context: None)
 
     class Details:
         method = "/grpc.health.v1.Health/Watch"

@@ -127,8 +127,9 @@ async def test_messages_of_up_to_64_mib_pass_both_ways(stub: Any) -> None:
 
 async def test_a_channel_to_nobody_fails_at_once() -> None:
     async with open_channel("127.0.0.1:1") as channel:
+        call: Any = channel.unary_unary("/a/b")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await asyncio.wait_for(channel.unary_unary("/a/b")(b""), WAIT_S)
+            await asyncio.wait_for(call(b""), WAIT_S)
 
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
