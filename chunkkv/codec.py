@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from chunkkv.compressed import CompressedKV, LayerShape, SpanShape, size_bytes
-from chunkkv.errors import CorruptError, FormatError, MismatchError
+from chunkkv.errors import CorruptError, FormatError, InvalidInputError, MismatchError
 
 MAGIC: Final = b"CKV\x01"
 VERSION: Final = 1
@@ -105,7 +105,14 @@ class Header:
 
         Args:
             memory: Writable; at least ``size_bytes`` long. The span's tensors are views into it.
+
+        Raises:
+            InvalidInputError: The memory is too short.
         """
+        if len(memory) < self.size_bytes:
+            raise InvalidInputError(
+                f"memory has {len(memory)} bytes; {self.identity} takes {self.size_bytes}"
+            )
         flat = torch.frombuffer(memory, dtype=torch.uint8, count=self.size_bytes)
         return CompressedKV(self.shape, flat)
 
@@ -152,7 +159,7 @@ def read_header(data: Buffer) -> Header:
         raise CorruptError(f"header body has {len(body)} bytes; its prefix says {length}")
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise CorruptError("header does not match its checksum")
-    return _header(json.loads(bytes(body)))
+    return _header(bytes(body))
 
 
 def decode(
@@ -188,9 +195,10 @@ def decode(
     return found.open(memory)
 
 
-def _header(body: dict[str, Any]) -> Header:
+def _header(data: bytes) -> Header:
     # The checksum matched, so whatever is wrong with the fields was written so.
     try:
+        body: dict[str, Any] = json.loads(data)
         fields = dict(body["shape"])
         layers = tuple(
             LayerShape(**{**layer, "lengths": tuple(layer["lengths"])})
@@ -204,8 +212,19 @@ def _header(body: dict[str, Any]) -> Header:
             part_checksums=tuple(int(checksum, 16) for checksum in body["part_checksums"]),
         )
         expected = size_bytes(header.shape)
+        fits = all(_has_positions(layer, index_lengths) for layer in layers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"header lacks or misnames a field: {error}") from error
     if expected != header.size_bytes:
         raise FormatError(f"parts have {header.size_bytes} bytes; the shapes take {expected}")
+    if not fits or len(header.part_sizes) != len(header.part_checksums):
+        raise FormatError("header contradicts itself: lists do not fit heads, or checksums parts")
     return header
+
+
+def _has_positions(layer: LayerShape, index_lengths: Sequence[int]) -> bool:
+    """Whether the layer's index list is there, and names every kept token."""
+    if min(layer.lengths) < 0 or not 0 <= layer.index_list < len(index_lengths):
+        return False
+    entries = index_lengths[layer.index_list]
+    return entries == sum(layer.lengths) or set(layer.lengths) == {entries}
