@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from typing import Any, Final, TypeVar
 
+from chunkserve_client.errors import cancelled
+
 _CANCEL_WAIT_S: Final = 5.0
 _END: Final = object()
 
@@ -33,6 +35,7 @@ class Portal:
         """Run a coroutine and wait for it; Ctrl-C while waiting cancels it.
 
         Raises:
+            Cancelled: The portal was closed meanwhile.
             RuntimeError: The portal is closed.
         """
         try:
@@ -47,13 +50,21 @@ class Portal:
             task.append(loop.create_task(coroutine))
             task[0].add_done_callback(lambda ended: _hand_over(ended, done))
 
-        loop.call_soon_threadsafe(start)
+        def cancel() -> None:
+            if task:
+                task[0].cancel()
+            else:  # interrupted before it was scheduled
+                coroutine.close()
+                done.set_exception(cancelled(""))
+
         try:
+            # Inside: Ctrl-C may come as soon as the coroutine is scheduled.
+            loop.call_soon_threadsafe(start)
             return done.result()
         except BaseException:
             if not done.done():
                 # Wait for the end: what the coroutine holds must be free when we return.
-                loop.call_soon_threadsafe(lambda: task[0].cancel())
+                loop.call_soon_threadsafe(cancel)
                 wait([done], timeout=_CANCEL_WAIT_S)
             raise
 
@@ -100,7 +111,7 @@ class Portal:
 
 def _hand_over(task: asyncio.Task[T], done: Future[T]) -> None:
     if task.cancelled():
-        done.cancel()
+        done.set_exception(cancelled(""))
     elif (error := task.exception()) is not None:
         done.set_exception(error)
     else:

@@ -18,6 +18,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # An answer may hold characters that a narrow terminal encoding lacks.
             stream.reconfigure(errors="replace")
+    # gRPC's own notes (a connection that went away) do not belong between a command's output.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         load("services.cli.app", extra="client").app(prog_name="chunkserve")
     except KeyboardInterrupt:
