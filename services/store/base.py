@@ -82,7 +82,11 @@ class SegmentStore(Protocol):
     def put_segment(
         self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
     ) -> None:
-        """Store parts first, the header last. Storing the same segment again is harmless."""
+        """Store parts first, the header last.
+
+        Storing the same segment again is harmless: the first complete copy stays, and its life is
+        extended. To replace a damaged one, delete it first.
+        """
 
     def get_header(self, segment_id: str) -> bytes:
         """Return the header.
@@ -95,6 +99,8 @@ class SegmentStore(Protocol):
         self, segment_id: str, part_sizes: Sequence[int], out: memoryview
     ) -> Iterable[memoryview]:
         """Receive the parts, one after another, into ``out``; yield each one's view as it arrives.
+
+        What was asked for and not yet received is thrown away when the iterator is closed early.
 
         Args:
             segment_id: Whose parts.
@@ -141,7 +147,8 @@ class SessionStore(Protocol):
     ) -> int:
         """Replace version ``expected_version`` and return the new one, all or nothing.
 
-        Extends the life of the segments first, to at least ``ttl_s``.
+        Extends the life of the segments first, to at least ``ttl_s``. After ``UnavailableError``
+        it may or may not have happened: read the manifest again.
 
         Raises:
             ConflictError: Another version is stored.

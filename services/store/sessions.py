@@ -131,10 +131,7 @@ class RedisSessions:
         ttl_s: float,
         segment_ids: Iterable[str],
     ) -> int:
-        """Replace version ``expected_version`` and return the new one, all or nothing.
-
-        After ``UnavailableError`` it may or may not have happened: read the manifest again.
-        """
+        """Replace version ``expected_version`` and return the new one, all or nothing."""
         lifetime = ttl_ms(ttl_s)
         with store_errors(self._where):
             await self._extend_segments(

@@ -150,6 +150,24 @@ async def test_server_killed_in_the_middle_of_a_fetch(own_server: EmbeddedValkey
             list(fetching)
 
 
+async def test_server_that_stalls_in_the_middle_of_a_fetch_is_given_up(
+    own_server: EmbeddedValkey,
+):
+    async with opened(f"{own_server.url}?socket_timeout=0.2") as store:
+        sizes = [4 * MIB] * 8
+        store.put_segment("s", b"h", [bytes(size) for size in sizes], ttl_s=60)
+        fetching = iter(store.fetch_parts("s", sizes, memoryview(bytearray(sum(sizes)))))
+        next(fetching)
+        os.kill(own_server.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(UnavailableError, match="timed out"):
+                list(fetching)
+        finally:
+            os.kill(own_server.pid, signal.SIGCONT)
+
+        assert store.get_header("s") == b"h"
+
+
 async def test_a_put_that_is_cut_off_leaves_nothing_visible(own_server: EmbeddedValkey, until):
     parts = [memoryview(bytes(4 * MIB))] * 64
     with redis.Redis.from_url(own_server.url) as client:
