@@ -18,6 +18,7 @@ from services.runtime.errors import (
     InvalidRequestError,
     MismatchError,
     NotFoundError,
+    ServiceError,
     UnavailableError,
 )
 from services.store.base import Registry, WorkerInfo
@@ -57,6 +58,7 @@ class Router:
         self._rng = rng or random.Random()
         self._lock = asyncio.Lock()
         self._workers: Sequence[WorkerInfo] = ()
+        self._failure: ServiceError | None = None
         self._read_at = float("-inf")
 
     async def workers(self) -> Sequence[WorkerInfo]:
@@ -166,12 +168,9 @@ class Router:
             return has_role and fingerprint in ("", worker.fingerprint)
 
         living = await self._living(lambda w: fits(w) and w.worker_id not in exclude)
-        fitting = [worker for worker in living if fits(worker)]
-        found = [worker for worker in fitting if worker.worker_id not in exclude]
+        found = [worker for worker in living if fits(worker) and worker.worker_id not in exclude]
         if found:
             return found
-        if fitting:
-            raise _no_worker(role, f" of {_named(model)} but one that did not answer")
         prints = {worker.fingerprint for worker in living if worker.model == model}
         if fingerprint and prints and fingerprint not in prints:
             raise MismatchError(
@@ -190,12 +189,21 @@ class Router:
         return living
 
     async def _workers_since(self, oldest: float) -> Sequence[WorkerInfo]:
-        """Return a view that was read at ``oldest`` or later; one reader reads for all."""
+        """Return a view that was read at ``oldest`` or later.
+
+        One reader reads for all who wait, and fails for all: behind a store that does not answer,
+        they would otherwise time out one after another.
+        """
         async with self._lock:
             if self._read_at < oldest:
                 read_at = time.monotonic()
-                self._workers = await self._registry.workers()
+                try:
+                    self._workers, self._failure = await self._registry.workers(), None
+                except ServiceError as error:
+                    read_at, self._failure = time.monotonic(), error
                 self._read_at = read_at
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
             return self._workers
 
     def _less_loaded(self, workers: Sequence[WorkerInfo]) -> WorkerInfo:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
 from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, types_pb2
 from services.gateway.channels import WorkerChannels
@@ -22,6 +23,9 @@ from services.runtime.interceptors import current_request_id
 from services.runtime.status import WORKER_UNAVAILABLE
 from services.runtime.telemetry import add_request_fields
 from services.store.base import SegmentStore, WorkerInfo
+
+# Reason with which the store says that it takes no more.
+_STORE_FULL: Final = "STORE_FULL"
 
 _Answer = TypeVar("_Answer")
 
@@ -48,8 +52,8 @@ class Turn:
 class TurnRunner:
     """Runs turns on workers.
 
-    A worker that cannot be reached is replaced once: a prefill worker always, because it keeps no
-    state; a decode worker as long as it has sent nothing.
+    A worker that cannot be reached, or is full, is replaced once: a prefill worker always, because
+    it keeps no state; a decode worker as long as it has sent nothing.
     """
 
     def __init__(self, store: SegmentStore, router: Router, channels: WorkerChannels) -> None:
@@ -116,41 +120,43 @@ class TurnRunner:
     async def _ask_prefill_worker(
         self, model: str, fingerprint: str, ask: Callable[[WorkerInfo], Awaitable[_Answer]]
     ) -> _Answer:
-        worker = await self._router.pick_prefill(model, fingerprint=fingerprint)
+        pick = partial(self._router.pick_prefill, model, fingerprint=fingerprint)
+        worker = await pick()
         try:
             return await ask(worker)
-        except UnavailableError as error:
-            if error.error_reason != WORKER_UNAVAILABLE:
+        except ServiceError as error:
+            if not _may_go_elsewhere(error):
                 raise
-        other = await self._router.pick_prefill(
-            model, fingerprint=fingerprint, exclude=[worker.worker_id]
-        )
+            other = await _other_worker(pick(exclude=[worker.worker_id]), error)
         return await ask(other)
 
     async def _decode(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> types_pb2.Finish:
-        request = decode_pb2.DecodeRequest(
-            manifest=prefilled.manifest, sampling=turn.request.sampling
+        pick = partial(
+            self._router.pick_decode,
+            prefilled.manifest.model,
+            fingerprint=prefilled.manifest.model_fingerprint,
+            last_worker=prefilled.manifest.last_decode_worker,
+            avoid=turn.avoid_worker,
         )
-        tried: list[str] = []
-        while True:
-            worker = await self._router.pick_decode(
-                prefilled.manifest.model,
-                fingerprint=prefilled.manifest.model_fingerprint,
-                last_worker=prefilled.manifest.last_decode_worker,
-                avoid=turn.avoid_worker,
-                exclude=tried,
-            )
-            relay = _Relay(turn, prefilled)
-            try:
-                call = self._channels.decode(worker, request, timeout_s=turn.remaining_s())
-                async with aclosing(call) as events:
-                    async for event in events:
-                        await relay.forward(event)
-                return relay.finish()
-            except ServiceError as error:
-                if relay.has_begun or tried or not _may_go_elsewhere(error):
-                    raise
-                tried.append(worker.worker_id)
+        worker = await pick()
+        relay = _Relay(turn, prefilled)
+        try:
+            return await self._decode_on(worker, relay)
+        except ServiceError as error:
+            if relay.has_begun or not _may_go_elsewhere(error):
+                raise
+            other = await _other_worker(pick(exclude=[worker.worker_id]), error)
+        return await self._decode_on(other, relay)
+
+    async def _decode_on(self, worker: WorkerInfo, relay: _Relay) -> types_pb2.Finish:
+        request = decode_pb2.DecodeRequest(
+            manifest=relay.prefilled.manifest, sampling=relay.turn.request.sampling
+        )
+        call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
+        async with aclosing(call) as events:
+            async for event in events:
+                await relay.forward(event)
+        return relay.finish()
 
     async def _delete_segments(self, manifest: manifest_pb2.Manifest) -> None:
         segment_ids = [segment.segment_id for segment in manifest.segments]
@@ -162,8 +168,8 @@ class _Relay:
     """Turns a decode worker's events into the caller's."""
 
     def __init__(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> None:
-        self._turn = turn
-        self._prefilled = prefilled
+        self.turn = turn
+        self.prefilled = prefilled
         self._has_token = False
         self._finish: types_pb2.Finish | None = None
         self.has_begun = False
@@ -173,14 +179,14 @@ class _Relay:
         self.has_begun = True
         match event.WhichOneof("event"):
             case "started":
-                info = _prompt_info(self._prefilled, event.started)
+                info = _prompt_info(self.prefilled, event.started)
                 _log_prompt(info)
-                await self._turn.send(inference_pb2.GenerateResponse(prompt_info=info))
+                await self.turn.send(inference_pb2.GenerateResponse(prompt_info=info))
             case "delta":
                 if not self._has_token:
                     self._has_token = True
-                    add_request_fields(first_token_ms=_ms_since(self._turn.started_at))
-                await self._turn.send(inference_pb2.GenerateResponse(delta=event.delta))
+                    add_request_fields(first_token_ms=_ms_since(self.turn.started_at))
+                await self.turn.send(inference_pb2.GenerateResponse(delta=event.delta))
             case "finish":
                 self._finish = event.finish
                 add_request_fields(num_generated_tokens=event.finish.num_generated_tokens)
@@ -233,9 +239,17 @@ def _log_prompt(info: inference_pb2.PromptInfo) -> None:
 
 
 def _may_go_elsewhere(error: ServiceError) -> bool:
-    """Whether another decode worker may do better: this one is unreachable or full."""
-    is_full = isinstance(error, OverloadedError)
+    """Whether another worker may do better: this one is unreachable or full. The store is one."""
+    is_full = isinstance(error, OverloadedError) and error.error_reason != _STORE_FULL
     return is_full or error.error_reason == WORKER_UNAVAILABLE
+
+
+async def _other_worker(pick: Awaitable[WorkerInfo], error: ServiceError) -> WorkerInfo:
+    """Return another worker after ``error``; without one, the error stands."""
+    try:
+        return await pick
+    except UnavailableError:
+        raise error from None
 
 
 def _copy_input(

@@ -375,7 +375,7 @@ async def test_the_only_prefill_worker_is_dead(cluster: FakeCluster, unused_port
         await cluster.generate()
 
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert error_info(caught.value).reason == "NO_PREFILL_WORKER"
+    assert error_info(caught.value).reason == "WORKER_UNAVAILABLE"
 
 
 async def test_a_decode_worker_that_is_dead_is_replaced_by_another(
@@ -402,15 +402,48 @@ async def test_a_decode_worker_that_is_full_is_replaced_by_another(cluster: Fake
     assert events[0].prompt_info.decode_worker == "d-1"
 
 
-async def test_two_full_decode_workers_are_resource_exhausted(cluster: FakeCluster) -> None:
-    await cluster.add_prefill()
-    for _ in range(2):
-        (await cluster.add_decode()).error = OverloadedError("no free slot", retry_after_s=1)
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_full_workers_are_resource_exhausted(
+    cluster: FakeCluster, role: str, num_workers: int
+) -> None:
+    prefills = [await cluster.add_prefill() for _ in range(num_workers)]
+    decodes = [await cluster.add_decode() for _ in range(num_workers)]
+    full: list[Any] = [*(prefills if role == "prefill" else decodes)]
+    for worker in full:
+        worker.error = OverloadedError("the queue is full", retry_after_s=1)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await cluster.generate()
 
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert caught.value.details() == "the queue is full"
+
+
+async def test_a_full_store_is_not_tried_by_another_worker(cluster: FakeCluster) -> None:
+    workers = [await cluster.add_prefill() for _ in range(2)]
+    await cluster.add_decode()
+    for worker in workers:
+        worker.error = OverloadedError("the store is full", reason="STORE_FULL")
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await cluster.generate()
+
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert sum(len(worker.requests) for worker in workers) == 1
+
+
+async def test_a_prefill_worker_that_is_full_is_replaced_by_another(
+    cluster: FakeCluster,
+) -> None:
+    full = await cluster.add_prefill(worker_id="p-full")
+    full.error = OverloadedError("the queue is full")
+    await cluster.add_prefill(worker_id="p-1", num_active=3)
+    await cluster.add_decode()
+
+    events = await cluster.generate()
+
+    assert events[0].prompt_info.prefill_worker == "p-1"
 
 
 async def test_an_answer_that_the_worker_cuts_off_is_unavailable(cluster: FakeCluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +22,14 @@ class ListRegistry:
         self.living = list(workers)
         self.num_reads = 0
         self.error: Exception | None = None
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def workers(self) -> Sequence[WorkerInfo]:
         self.num_reads += 1
+        self.is_asked.set()
+        await self.may_answer.wait()
         if self.error is not None:
             raise self.error
         return tuple(self.living)
@@ -161,7 +167,7 @@ async def test_no_worker_of_a_kind_is_unavailable(role: str) -> None:
 async def test_the_only_worker_was_tried_already() -> None:
     router = make_router(prefill("p"))
 
-    with pytest.raises(UnavailableError, match="did not answer"):
+    with pytest.raises(UnavailableError, match="no prefill worker"):
         await router.pick_prefill(MODEL, exclude=["p"])
 
 
@@ -206,6 +212,33 @@ async def test_an_old_view_is_not_used_when_the_store_is_away() -> None:
 
     with pytest.raises(UnavailableError, match="away"):
         await router.pick_decode(MODEL)
+
+
+async def test_one_failed_reading_answers_all_who_wait_for_it() -> None:
+    registry = ListRegistry(decode("d"))
+    registry.may_answer.clear()
+    registry.error = UnavailableError("away")
+    router = Router(registry, refresh_s=0.001)
+    waiting = [asyncio.create_task(router.pick_decode(MODEL)) for _ in range(5)]
+    await asyncio.wait_for(registry.is_asked.wait(), 10)
+
+    registry.may_answer.set()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert {str(answer) for answer in answers} == {"away"}
+    assert registry.num_reads == 1
+
+
+async def test_a_store_that_is_back_is_asked_again() -> None:
+    registry = ListRegistry(decode("d"))
+    registry.error = UnavailableError("away")
+    router = Router(registry, refresh_s=0)
+    with pytest.raises(UnavailableError):
+        await router.workers()
+
+    registry.error = None
+
+    assert (await router.pick_decode(MODEL)).worker_id == "d"
 
 
 async def test_the_model_of_a_request_is_its_own_or_the_default_or_the_only_one() -> None:
