@@ -27,12 +27,13 @@ from services.store.embedded import EmbeddedStoreError
 MIN_TOKENS: Final = 6000
 
 _CHARACTERS: Final = 31_000
-_FIRST_SENTENCE: Final = 0
 
-# Two facts in one sentence: the second question asks for what the first one did not.
-_FACT: Final = "The night watchman drinks pineapple juice, and his dog is called Biscuit."
-_FACT_DEPTH: Final = 0.4
-_COMPRESSION: Final = Compression(keep_ratio=0.3)
+# Two facts far from one another: the second question asks for what the first one did not.
+_FACTS: Final = {
+    0.35: "The access code of the north door is 4718, and it was last changed in March 2009.",
+    0.45: "The telephone number of Dr. Lindqvist is 5539, and her office is in the Orange Tower.",
+}
+_COMPRESSION: Final = Compression(keep_ratio=0.2)
 _MAX_TOKENS: Final = 40
 
 
@@ -45,8 +46,8 @@ class Question:
 
 
 QUESTIONS: Final = (
-    Question("What does the night watchman drink?", "pineapple juice"),
-    Question("What is the dog of the night watchman called?", "Biscuit"),
+    Question("What is the access code of the north door?", "4718"),
+    Question("What is the telephone number of Dr. Lindqvist?", "5539"),
 )
 
 
@@ -73,17 +74,15 @@ class Turn:
 
 
 def document() -> str:
-    """Return English prose of more than 6,000 tokens, from Python's own documentation.
-
-    One sentence of it is ours.
-    """
-    sentences = prose_sentences()
+    """Return English prose of more than 6,000 tokens: Python's own documentation, and two facts."""
     chosen: list[str] = []
-    length = 0
-    while length < _CHARACTERS:
-        chosen.append(sentences[(_FIRST_SENTENCE + len(chosen)) % len(sentences)])
-        length += len(chosen[-1]) + 1
-    chosen.insert(int(len(chosen) * _FACT_DEPTH), _FACT)
+    for sentence in prose_sentences():
+        chosen.append(sentence)
+        if sum(map(len, chosen)) + len(chosen) > _CHARACTERS:
+            break
+    length = len(chosen)
+    for depth in sorted(_FACTS, reverse=True):
+        chosen.insert(int(length * depth), _FACTS[depth])
     return " ".join(chosen)
 
 
@@ -115,11 +114,10 @@ def run(console: Console) -> None:
 
 def _converse(console: Console, client: SyncClient) -> tuple[Turn, Turn]:
     text = document()
-    console.print(
-        f"\nThe document: {len(text):,} characters of Python's documentation, with one sentence "
-        f"of ours at {_FACT_DEPTH:.0%}:\n  [italic]{_FACT}[/]\n  "
-        f"It begins: [dim]{text[:150]} ...[/]"
-    )
+    console.print(f"\nThe document: {len(text):,} characters of Python's documentation.")
+    console.print(f"It begins: [italic]{text[:150]} ...[/]")
+    for depth, fact in _FACTS.items():
+        console.print(f"At {depth:.0%} it says: [italic]{fact}[/]")
     session = client.create_session(compression=_COMPRESSION)
     first = _ask(console, session, QUESTIONS[0], before=text + "\n\n")
     second = _ask(console, session, QUESTIONS[1], avoid_worker=first.info.decode_worker)
