@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import redis
 
+from services.local.model import ensure_demo_model
 from services.store import Store, open_store
 from services.store.embedded import EmbeddedOptions, EmbeddedValkey
 
@@ -35,3 +37,9 @@ async def store(valkey_url: str) -> AsyncIterator[Store]:
     opened = open_store(valkey_url)
     yield opened
     await opened.close()
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """Folder of the demo model; fetched and converted if it is not there."""
+    return os.environ.get("CHUNKSERVE_TEST_MODEL") or str(ensure_demo_model())
