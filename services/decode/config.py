@@ -19,8 +19,10 @@ class DecodeSettings(ServiceSettings):
         dtype: Of the weights; ``auto``: as stored.
         torch_threads: Threads of one forward pass; 0: torch's default.
         decode_replicas: Workers of the pool.
-        decode_host: Host that a worker's gRPC server binds; its port is a free one.
-        advertise_host: Host that the gateway reaches a worker by.
+        decode_host: Host that a worker's gRPC server binds.
+        decode_port: Its port; 0: a free one. Any other allows one worker per machine.
+        advertise_host: Host that the gateway reaches a worker by; empty: the address of the machine
+            that the worker is on.
         num_slots: Answers that a worker generates at once.
         queue_size: Requests that wait for a slot at most.
         prefill_chunk_tokens: Pending tokens in one forward pass at most.
@@ -42,6 +44,7 @@ class DecodeSettings(ServiceSettings):
     torch_threads: int = Field(default=0, ge=0)
     decode_replicas: int = Field(default=1, ge=1)
     decode_host: str = "127.0.0.1"
+    decode_port: int = Field(default=0, ge=0, le=65535)
     advertise_host: str = "127.0.0.1"
     num_slots: int = Field(default=8, ge=1)
     queue_size: int = Field(default=32, ge=0)

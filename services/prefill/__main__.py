@@ -15,6 +15,7 @@ from services.models.loader import LoadedModel, load_model
 from services.prefill.config import PrefillSettings
 from services.prefill.runner import PrefillRunner
 from services.prefill.servicer import PrefillServicer
+from services.runtime.address import own_address
 from services.runtime.config import load
 from services.runtime.server import GrpcServer, serve_until_stopped
 from services.runtime.telemetry import configure_logging, get_logger
@@ -42,12 +43,13 @@ async def serve(settings: PrefillSettings) -> None:
         [prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name],
     )
     port = await server.start()
+    host = settings.advertise_host or own_address()
 
     def describe() -> WorkerInfo:
         return WorkerInfo(
             worker_id=worker_id,
             role="prefill",
-            address=f"{settings.advertise_host}:{port}",
+            address=f"{host}:{port}",
             model=loaded.name,
             fingerprint=loaded.fingerprint,
             max_model_len=loaded.max_model_len,

@@ -15,7 +15,7 @@ class PrefillSettings(ServiceSettings):
 
     Attributes:
         listen: ``host:port`` of the gRPC server; port 0 lets the system choose.
-        advertise_host: Host that the gateway reaches this worker by.
+        advertise_host: Host that the gateway reaches this worker by; empty: this machine's address.
         model: Local folder in the Hugging Face layout, or a hub id.
         model_name: Name that requests give; the last part of ``model`` if empty.
         device: A torch device.
