@@ -1,0 +1,192 @@
+"""The decode workers of a cluster, placed, watched and replaced by Ray Serve.
+
+Ray is the control plane alone. Each replica runs a gRPC server of its own and announces it in the
+registry; no token and no request passes through Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Final
+
+import ray
+from ray import serve
+
+from services.decode.config import DecodeSettings
+from services.decode.worker import DecodeWorker, end_task, load
+from services.runtime.errors import ServiceError
+from services.runtime.telemetry import configure_logging, get_logger
+from services.store import Store, open_store
+from services.store.base import WorkerInfo
+
+_POLL_S: Final = 0.2
+
+# Past its grace period a replica needs a moment to close its connections.
+_EXIT_S: Final = 5.0
+
+_log = get_logger()
+
+
+class PoolError(Exception):
+    """The workers did not start."""
+
+
+class DecodeReplica:
+    """A decode worker inside a Ray Serve replica.
+
+    Args:
+        settings: Of the pool.
+        pool_id: Beginning of the worker's id.
+    """
+
+    # Ray Serve awaits it.
+    async def __init__(self, settings: DecodeSettings, pool_id: str) -> None:  # type: ignore[misc]
+        configure_logging(settings.log_level)
+        self._settings = settings
+        loaded = await asyncio.to_thread(load, settings)
+        self._store = open_store(settings.redis_url)
+        self._worker = DecodeWorker(
+            loaded, self._store, settings, worker_id=f"{pool_id}-{uuid.uuid4().hex[:8]}"
+        )
+        await self._worker.start()
+
+    def check_health(self) -> None:
+        """Raise if the worker is broken; Ray Serve then replaces the replica."""
+        self._worker.check_health()
+
+    async def __del__(self) -> None:
+        # Ray Serve awaits this when it stops a replica, and calls it "destructor".
+        await self._worker.stop(self._settings.stop_grace_s)
+        await self._store.close()
+
+
+@contextlib.contextmanager
+def ray_session(settings: DecodeSettings) -> Iterator[None]:
+    """Be connected to Ray inside the block: to ``RAY_ADDRESS``, or to a local one that ends then.
+
+    Call from the main thread: Ray installs signal handlers, and its processes end with the thread
+    that started them.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # Short, because Ray puts unix sockets deep into it.
+    directory = tempfile.mkdtemp(prefix="cs-ray-", dir=os.environ.get("RAY_TMPDIR"))
+    try:
+        ray.init(
+            num_cpus=settings.ray_num_cpus or _needed_cpus(settings),
+            include_dashboard=False,
+            object_store_memory=settings.ray_object_store_bytes,
+            _temp_dir=directory,
+            **quiet,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def run_pool(settings: DecodeSettings) -> None:
+    """Start the workers, wait for SIGTERM or SIGINT, and end them. Inside a :func:`ray_session`.
+
+    Raises:
+        PoolError: They did not start.
+        UnavailableError: The store is away.
+    """
+    stopping = _stop_event()
+    pool_id = f"decode-{uuid.uuid4().hex[:8]}"
+    store = open_store(settings.redis_url)
+    try:
+        await store.ping()
+        started = asyncio.create_task(_start(settings, store, pool_id))
+        stopped = asyncio.create_task(stopping.wait())
+        await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            workers = started.result()
+            _log.info("decode.ready", pool_id=pool_id, workers=[w.address for w in workers])
+            await stopped
+        else:
+            await end_task(started)
+        _log.info("decode.stopping", pool_id=pool_id)
+    finally:
+        await asyncio.to_thread(_delete, pool_id)
+        await _withdraw_all(store, pool_id)
+        await store.close()
+
+
+async def _start(settings: DecodeSettings, store: Store, pool_id: str) -> list[WorkerInfo]:
+    try:
+        await asyncio.to_thread(_deploy, settings, pool_id)
+    except RuntimeError as error:
+        raise PoolError(f"Ray Serve could not start the decode workers: {error}") from error
+    deadline = time.monotonic() + settings.ready_timeout_s
+    while len(workers := await _workers(store, pool_id)) < settings.decode_replicas:
+        if time.monotonic() > deadline:
+            raise PoolError(
+                f"{len(workers)} of {settings.decode_replicas} decode workers are announced after "
+                f"{settings.ready_timeout_s} s"
+            )
+        await asyncio.sleep(_POLL_S)
+    return workers
+
+
+def _deploy(settings: DecodeSettings, pool_id: str) -> None:
+    deployment = serve.deployment(
+        DecodeReplica,
+        name="DecodeReplica",
+        num_replicas=settings.decode_replicas,
+        ray_actor_options={
+            "num_cpus": settings.replica_num_cpus,
+            "num_gpus": settings.replica_num_gpus,
+        },
+        health_check_period_s=1,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.stop_grace_s + _EXIT_S,
+    )
+    serve.start(proxy_location="Disabled")
+    serve.run(deployment.bind(settings, pool_id), name=pool_id, route_prefix=None)
+
+
+def _delete(pool_id: str) -> None:
+    """End the workers, each within its grace period; end Serve with a Ray that is ours alone."""
+    serve.delete(pool_id)
+    if not os.environ.get("RAY_ADDRESS"):
+        serve.shutdown()
+
+
+async def _workers(store: Store, pool_id: str) -> list[WorkerInfo]:
+    return [w for w in await store.workers() if w.worker_id.startswith(pool_id)]
+
+
+async def _withdraw_all(store: Store, pool_id: str) -> None:
+    """Remove what workers left that had no time to withdraw."""
+    with contextlib.suppress(ServiceError):
+        for worker in await _workers(store, pool_id):
+            await store.withdraw(worker)
+
+
+def _stop_event() -> asyncio.Event:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+def _needed_cpus(settings: DecodeSettings) -> int:
+    return max(1, math.ceil(settings.decode_replicas * settings.replica_num_cpus))
