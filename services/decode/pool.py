@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -77,6 +78,9 @@ def ray_session(settings: DecodeSettings) -> Iterator[None]:
     that started them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would give its workers the last turn on the CPU, and every token waits for one of them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
@@ -164,10 +168,8 @@ def _deploy(settings: DecodeSettings, pool_id: str) -> None:
 
 
 def _delete(pool_id: str) -> None:
-    """End the workers, each within its grace period; end Serve with a Ray that is ours alone."""
+    """End the workers, each within its grace period. Serve itself ends with its Ray."""
     serve.delete(pool_id)
-    if not os.environ.get("RAY_ADDRESS"):
-        serve.shutdown()
 
 
 async def _workers(store: Store, pool_id: str) -> list[WorkerInfo]:
