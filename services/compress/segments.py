@@ -10,11 +10,12 @@ import hashlib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2, session_pb2
+from services.compress.memory import ReceivePool
 from services.runtime.errors import CorruptError, InvalidRequestError, MismatchError
 from services.store.base import SegmentStore
 
@@ -27,7 +28,7 @@ class FetchedSegments:
     """Segments that were fetched and found intact.
 
     Attributes:
-        kv: The spans, in the order asked for, in memory of their own.
+        kv: The spans, in the order asked for.
         size_bytes: Bytes received.
         fetch_ms: Milliseconds to receive, check and open them.
     """
@@ -140,10 +141,17 @@ def describe(name: str, shape: chunkkv.SpanShape, size_bytes: int) -> session_pb
     )
 
 
-def fetch_segments(
-    store: SegmentStore, segments: Sequence[session_pb2.Segment], *, fingerprint: str
-) -> FetchedSegments:
-    """Fetch segments and check every byte before it is used.
+@contextmanager
+def fetched_segments(
+    store: SegmentStore,
+    segments: Sequence[session_pb2.Segment],
+    *,
+    fingerprint: str,
+    pool: ReceivePool,
+) -> Iterator[FetchedSegments]:
+    """Fetch segments, check every byte before it is used, and lend them for the block.
+
+    Copy what is needed longer: the spans are views into memory of the pool.
 
     Raises:
         NotFoundError: A segment, or a part of it, is not in the store any more.
@@ -151,17 +159,30 @@ def fetch_segments(
         MismatchError: A segment is another model's, or of another format version.
     """
     started = time.perf_counter()
-    spans, size_bytes = [], 0
-    for segment in segments:
-        data = store.get_header(segment.segment_id)
-        with library_errors():
-            header = chunkkv.read_header(data)
-            header.expect(identity=segment.segment_id, fingerprint=fingerprint)
-        memory = bytearray(header.size_bytes)
-        parts = store.fetch_parts(segment.segment_id, header.part_sizes, memoryview(memory))
+    headers = [_header(store, segment.segment_id, fingerprint) for segment in segments]
+    with pool.lend(sum(header.size_bytes for header, _ in headers)) as memory:
+        spans, start = [], 0
+        for header, _ in headers:
+            own = memory[start : start + header.size_bytes]
+            _receive(store, header, own)
+            spans.append(header.open(own))
+            start += header.size_bytes
+        size_bytes = start + sum(length for _, length in headers)
+        yield FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)
+
+
+def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.Header, int]:
+    """Return a segment's header and the bytes that it took."""
+    data = store.get_header(name)
+    with library_errors():
+        header = chunkkv.read_header(data)
+        header.expect(identity=name, fingerprint=fingerprint)
+    return header, len(data)
+
+
+def _receive(store: SegmentStore, header: chunkkv.Header, memory: memoryview) -> None:
+    """Receive a segment's parts; each is checked while it is still in the processor's cache."""
+    with closing(store.fetch_parts(header.identity, header.part_sizes, memory)) as parts:
         for index, part in enumerate(parts):
             with library_errors():
                 header.check_part(index, part)
-        spans.append(header.open(memory))
-        size_bytes += header.size_bytes + len(data)
-    return FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)

@@ -8,7 +8,8 @@ import torch
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2
-from services.compress.segments import fetch_segments, library_errors
+from services.compress.memory import ReceivePool
+from services.compress.segments import fetched_segments, library_errors
 from services.models.loader import LoadedModel
 from services.store.base import SegmentStore
 
@@ -36,6 +37,8 @@ def open_cache(
     loaded: LoadedModel,
     manifest: manifest_pb2.Manifest,
     resident: chunkkv.KVCache | None,
+    *,
+    pool: ReceivePool,
 ) -> OpenedCache:
     """Fetch the segments that are not in memory. Blocks: call it from a thread.
 
@@ -44,6 +47,7 @@ def open_cache(
         loaded: The model that computed them.
         manifest: Names the segments.
         resident: Cache of its first segments, if it is in memory; extended.
+        pool: Memory to receive into.
 
     Raises:
         NotFoundError: A segment is not in the store any more.
@@ -52,8 +56,11 @@ def open_cache(
     """
     num_held = 0 if resident is None else resident.get_seq_length()
     missing = [segment for segment in manifest.segments if segment.first_token >= num_held]
-    fetched = fetch_segments(store, missing, fingerprint=loaded.fingerprint)
-    with torch.inference_mode(), library_errors():
+    with (
+        fetched_segments(store, missing, fingerprint=loaded.fingerprint, pool=pool) as fetched,
+        torch.inference_mode(),
+        library_errors(),
+    ):
         if resident is None:
             cache = chunkkv.KVCache.from_segments(
                 loaded.model.config,
@@ -65,4 +72,4 @@ def open_cache(
             cache = resident
             for span in fetched.kv:
                 cache.append_segment(span.to(loaded.device))
-    return OpenedCache(cache, fetched.size_bytes, fetched.fetch_ms)
+        return OpenedCache(cache, fetched.size_bytes, fetched.fetch_ms)

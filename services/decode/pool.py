@@ -16,11 +16,12 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from services.decode.config import DecodeSettings
 from services.decode.worker import DecodeWorker, end_task, load
@@ -113,37 +114,55 @@ async def run_pool(settings: DecodeSettings) -> None:
         UnavailableError: The store is away.
     """
     stopping = _stop_event()
-    pool_id = f"decode-{uuid.uuid4().hex[:8]}"
     store = open_store(settings.redis_url)
     try:
         await store.ping()
-        started = asyncio.create_task(_start(settings, store, pool_id))
-        stopped = asyncio.create_task(stopping.wait())
+        await _serve(settings, store, stopping)
+    finally:
+        await store.close()
+
+
+async def _serve(settings: DecodeSettings, store: Store, stopping: asyncio.Event) -> None:
+    pool_id = f"decode-{uuid.uuid4().hex[:8]}"
+    started = asyncio.create_task(_start(settings, store, pool_id))
+    stopped = asyncio.create_task(stopping.wait())
+    try:
         await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             workers = started.result()
             _log.info("decode.ready", pool_id=pool_id, workers=[w.address for w in workers])
             await stopped
-        else:
-            await end_task(started)
-        _log.info("decode.stopping", pool_id=pool_id)
     finally:
+        _log.info("decode.stopping", pool_id=pool_id)
+        await end_task(stopped)
+        await end_task(started)
         await asyncio.to_thread(_delete, pool_id)
         await _withdraw_all(store, pool_id)
-        await store.close()
 
 
-async def _start(settings: DecodeSettings, store: Store, pool_id: str) -> list[WorkerInfo]:
+async def _start(settings: DecodeSettings, store: Store, pool_id: str) -> Sequence[WorkerInfo]:
     try:
         await asyncio.to_thread(_deploy, settings, pool_id)
     except RuntimeError as error:
         raise PoolError(f"Ray Serve could not start the decode workers: {error}") from error
-    deadline = time.monotonic() + settings.ready_timeout_s
-    while len(workers := await _workers(store, pool_id)) < settings.decode_replicas:
+    return await wait_announced(
+        store, pool_id, settings.decode_replicas, timeout_s=settings.ready_timeout_s
+    )
+
+
+async def wait_announced(
+    store: Store, pool_id: str, num_workers: int, *, timeout_s: float
+) -> Sequence[WorkerInfo]:
+    """Wait until the registry has so many workers of a pool, and return them.
+
+    Raises:
+        PoolError: It has not after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while len(workers := await _workers(store, pool_id)) < num_workers:
         if time.monotonic() > deadline:
             raise PoolError(
-                f"{len(workers)} of {settings.decode_replicas} decode workers are announced after "
-                f"{settings.ready_timeout_s} s"
+                f"{len(workers)} of {num_workers} decode workers are announced after {timeout_s} s"
             )
         await asyncio.sleep(_POLL_S)
     return workers
@@ -169,10 +188,11 @@ def _deploy(settings: DecodeSettings, pool_id: str) -> None:
 
 def _delete(pool_id: str) -> None:
     """End the workers, each within its grace period. Serve itself ends with its Ray."""
-    serve.delete(pool_id)
+    with contextlib.suppress(RayServeException):  # Serve has not even started
+        serve.delete(pool_id)
 
 
-async def _workers(store: Store, pool_id: str) -> list[WorkerInfo]:
+async def _workers(store: Store, pool_id: str) -> Sequence[WorkerInfo]:
     return [w for w in await store.workers() if w.worker_id.startswith(pool_id)]
 
 

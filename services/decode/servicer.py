@@ -11,6 +11,7 @@ from typing import Any
 import grpc.aio
 
 from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, types_pb2
+from services.compress.memory import ReceivePool
 from services.compress.segments import covered_tokens, store_segment
 from services.decode.engine import Engine
 from services.decode.kvcache import OpenedCache, open_cache
@@ -51,6 +52,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._resident = resident
         self._worker_id = worker_id
         self._max_output_tokens = max_output_tokens
+        self._receive_pool = ReceivePool()
 
     async def Decode(
         self,
@@ -129,7 +131,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     async def _open(self, manifest: manifest_pb2.Manifest) -> OpenedCache:
         resident = self._resident.take(manifest) if manifest.session_id else None
-        return await asyncio.to_thread(open_cache, self._store, self._loaded, manifest, resident)
+        return await asyncio.to_thread(
+            open_cache, self._store, self._loaded, manifest, resident, pool=self._receive_pool
+        )
 
     def _describe(self, opened: OpenedCache) -> decode_pb2.DecodeStarted:
         return decode_pb2.DecodeStarted(

@@ -57,16 +57,16 @@ class PrefillRunner:
     async def run(
         self,
         token_ids: Sequence[int],
-        prefix: Sequence[chunkkv.CompressedKV],
+        past: chunkkv.KVCache,
         policy: chunkkv.CompressionPolicy,
     ) -> RunResult:
-        """Run the model over ``token_ids`` behind ``prefix``, and keep what ``policy`` says.
+        """Run the model over ``token_ids`` behind ``past``, and keep what ``policy`` says.
 
         If the caller is cancelled, the run ends before its next forward pass.
 
         Raises:
             OverloadedError: Too many prompts wait.
-            InvalidRequestError: The prefix does not fit.
+            InvalidRequestError: The model's attention overflowed.
         """
         if self.num_active >= self._most:
             raise OverloadedError(
@@ -78,7 +78,7 @@ class PrefillRunner:
         stopped = threading.Event()
         self.num_active += 1
         job = asyncio.get_running_loop().run_in_executor(
-            self._thread, self._run, token_ids, prefix, policy, stopped
+            self._thread, self._run, token_ids, past, policy, stopped
         )
         # Counted until the thread is done with it, even if nobody waits for it any more.
         job.add_done_callback(self._finished)
@@ -101,7 +101,7 @@ class PrefillRunner:
     def _run(
         self,
         token_ids: Sequence[int],
-        prefix: Sequence[chunkkv.CompressedKV],
+        past: chunkkv.KVCache,
         policy: chunkkv.CompressionPolicy,
         stopped: threading.Event,
     ) -> RunResult:
@@ -113,9 +113,6 @@ class PrefillRunner:
         started = time.perf_counter()
         check()
         with library_errors():
-            past = chunkkv.KVCache.from_segments(
-                model.config, prefix, extra_tokens=len(token_ids), device=self._loaded.device
-            )
             prefilled = chunkkv.run_prefill(
                 model,
                 torch.tensor([token_ids], device=self._loaded.device),

@@ -12,10 +12,12 @@ import grpc.aio
 import chunkkv
 from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, session_pb2
 from services.compress import policy as policies
+from services.compress.memory import ReceivePool
 from services.compress.segments import (
     covered_tokens,
-    fetch_segments,
+    fetched_segments,
     find_segment,
+    library_errors,
     segment_id,
     store_segment,
 )
@@ -47,6 +49,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._store = store
         self._settings = settings
         self._worker_id = worker_id
+        self._receive_pool = ReceivePool()
         self._bytes_per_token = kv_bytes_per_token(loaded.model)
 
     async def Tokenize(
@@ -113,11 +116,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             found = await asyncio.to_thread(find_segment, self._store, name, ttl_s=ttl_s)
             if found is not None:
                 return found
-        prefix = await asyncio.to_thread(
-            fetch_segments, self._store, list(manifest.segments), fingerprint=fingerprint
-        )
         start = covered_tokens(manifest)
-        result = await self._runner.run(manifest.token_ids[start : start + span], prefix.kv, policy)
+        past = await asyncio.to_thread(self._open, manifest)
+        result = await self._runner.run(manifest.token_ids[start : start + span], past, policy)
         segment, store_ms = await _timed(
             lambda: store_segment(self._store, result.kv, manifest, ttl_s=ttl_s)
         )
@@ -126,6 +127,19 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         response.compression_ms = result.compression_ms
         response.store_ms = store_ms
         return segment
+
+    def _open(self, manifest: manifest_pb2.Manifest) -> chunkkv.KVCache:
+        """Fetch the session's KV cache. Blocks."""
+        fetched = fetched_segments(
+            self._store,
+            list(manifest.segments),
+            fingerprint=self._loaded.fingerprint,
+            pool=self._receive_pool,
+        )
+        with fetched as prefix, library_errors():
+            return chunkkv.KVCache.from_segments(
+                self._loaded.model.config, prefix.kv, device=self._loaded.device
+            )
 
     def _policy(
         self, request: prefill_pb2.PrefillRequest, num_new_tokens: int

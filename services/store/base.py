@@ -7,7 +7,7 @@ and versioned. Every key has a TTL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,7 +97,7 @@ class SegmentStore(Protocol):
 
     def fetch_parts(
         self, segment_id: str, part_sizes: Sequence[int], out: memoryview
-    ) -> Iterable[memoryview]:
+    ) -> Generator[memoryview]:
         """Receive the parts, one after another, into ``out``; yield each one's view as it arrives.
 
         What was asked for and not yet received is thrown away when the iterator is closed early.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, TypeVar, cast
 
@@ -72,7 +72,7 @@ class RedisSegments:
 
     def fetch_parts(
         self, segment_id: str, part_sizes: Sequence[int], out: memoryview
-    ) -> Iterator[memoryview]:
+    ) -> Generator[memoryview]:
         """Receive the parts into ``out``; yield each one's view as it arrives.
 
         Raises:

@@ -10,6 +10,7 @@ hand, answers received into one reused buffer and not looked at.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import socket
@@ -22,7 +23,11 @@ from pathlib import Path
 import redis
 import xxhash
 
-from services.store import open_store
+import chunkkv
+from chunkserve.v1 import manifest_pb2
+from services.compress.memory import ReceivePool
+from services.compress.segments import fetched_segments, store_segment
+from services.store import Store, open_store
 from services.store.connect import parse_store_url
 from services.store.embedded import EmbeddedOptions, EmbeddedValkey
 
@@ -140,8 +145,42 @@ def fetch_cases(url: str, num_parts: int) -> list[Case]:
         Case("raw read", RawSocket(url).reader(names), baseline="raw read"),
         Case("fetch", fetch, baseline="raw read"),
         Case("fetch + verify", fetch_and_verify, baseline="raw read"),
+        Case("fetch + verify + decode", decode_case(store, num_parts), baseline="raw read"),
         Case("redis-py get", redis_py, baseline="raw read"),
     ]
+
+
+def decode_case(store: Store, num_parts: int) -> Callable[[], None]:
+    """Return what a decode worker does to open a segment of about ``num_parts`` MiB."""
+    span = chunkkv.CompressedKV.empty(_shape_of(num_parts * MIB))
+    span.memory.random_(0, 256)
+    manifest = manifest_pb2.Manifest(session_id="s", token_ids=range(span.num_tokens))
+    segment = store_segment(store, span, manifest, ttl_s=TTL_S)
+    pool = ReceivePool()
+
+    def open_segment() -> None:
+        with fetched_segments(store, [segment], fingerprint="model", pool=pool) as fetched:
+            assert fetched.kv[0].num_tokens == span.num_tokens
+
+    return open_segment
+
+
+def _shape_of(size_bytes: int) -> chunkkv.SpanShape:
+    """Return the shape of a span of SmolLM2-135M (float32) that takes about ``size_bytes``."""
+    num_layers, num_kv_heads, head_dim = 30, 3, 64
+    per_token = num_layers * (2 * num_kv_heads * head_dim * 4 + 8)
+    kept = size_bytes // per_token
+    layer = chunkkv.LayerShape((kept,) * num_kv_heads, head_dim, head_dim, index_list=0)
+    return chunkkv.SpanShape(
+        fingerprint="model",
+        policy="benchmark",
+        first_token=0,
+        num_tokens=kept,
+        dtype="float32",
+        layers=tuple(dataclasses.replace(layer, index_list=i) for i in range(num_layers)),
+        index_lengths=(kept,) * num_layers,
+        has_scores=True,
+    )
 
 
 def put_cases(url: str, num_parts: int) -> list[Case]:
