@@ -33,6 +33,7 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         self.min_capacity = 0
         self.kept_len = 0
         self.seen_len = 0
+        self.whole_from = 0  # tokens from this position on were all kept
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -70,6 +71,8 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         self._keys[:, :, start:stop] = keys
         self._values[:, :, start:stop] = values
         self.kept_len, self.seen_len = stop, self.seen_len + seen
+        if keys.shape[-2] != seen:
+            self.whole_from = self.seen_len
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         return self._keys[:, :, :stop], self._values[:, :, :stop]
 
@@ -90,14 +93,23 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         return self.seen_len
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens, which must have been kept whole."""
-        removed = abs(tokens_to_remove)
+        """Forget the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            InvalidInputError: The number is positive, or not all of these tokens were kept.
+        """
+        removed = -tokens_to_remove
+        if not 0 <= removed <= self.seen_len - self.whole_from:
+            raise InvalidInputError(
+                f"cannot forget {removed} tokens; the last {self.seen_len - self.whole_from} of "
+                f"{self.seen_len} were kept whole"
+            )
         self.kept_len -= removed
         self.seen_len -= removed
 
     def reset(self) -> None:
         """Forget everything, but keep the memory."""
-        self.kept_len = self.seen_len = 0
+        self.kept_len = self.seen_len = self.whole_from = 0
 
     @property
     def nbytes(self) -> int:
@@ -258,11 +270,22 @@ class KVCache(Cache):  # type: ignore[misc]
         Args:
             first_token: These tokens must have come through the model, uncompressed.
             fingerprint: Of the model, for the span's identity.
+
+        Raises:
+            InvalidInputError: There is no such token, or some of them were dropped.
         """
         num_tokens = self.get_seq_length() - first_token
         if num_tokens < 1:
             raise InvalidInputError(
                 f"no token at or after {first_token}; {self.get_seq_length()} were seen"
+            )
+        whole_from = max(
+            (layer.whole_from for layer in self.layers if isinstance(layer, KeptLayer)), default=0
+        )
+        if first_token < whole_from:
+            raise InvalidInputError(
+                f"tokens before {whole_from} were compressed; "
+                f"the tail cannot begin at {first_token}"
             )
         held = [_held(layer, num_tokens) for layer in self.layers]
         index_lengths = sorted({keys.shape[1] for keys, _ in held})

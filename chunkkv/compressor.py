@@ -41,7 +41,8 @@ def compress(prefilled: Prefilled, policy: CompressionPolicy) -> list[Compressed
     The prefix, if there is one, is neither scored nor compressed again.
 
     Raises:
-        InvalidInputError: The probe saw no queries, or the scores are not finite.
+        InvalidInputError: The probe saw no queries, or too few for the policy's window, or the
+            scores are not finite.
     """
     layers = prefilled.cache.layers
     full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
@@ -58,6 +59,11 @@ def _scores(prefilled: Prefilled, policy: CompressionPolicy, full: list[int]) ->
     scored = [full[i] for i in scored_layers(policy, len(full))]
     if not scored:
         return torch.zeros(len(prefilled.num_tokens), 0, 1, longest)
+    if policy.window_size > probe.window_size:
+        raise InvalidInputError(
+            f"the policy's window has {policy.window_size} tokens; queries of the last "
+            f"{probe.window_size} were kept"
+        )
     missing = [index for index in scored if index not in probe.queries]
     if missing:
         raise InvalidInputError(f"no queries of layers {missing} were seen; was the model run?")

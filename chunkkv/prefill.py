@@ -75,8 +75,14 @@ def run_prefill(
         before_chunk: Called before each forward pass. What it raises ends the prefill.
 
     Raises:
-        InvalidInputError: Shapes do not fit, a row is empty, or padding is not on the left.
+        InvalidInputError: Shapes do not fit, a row is empty, padding is not on the left, or a size
+            is less than 1.
     """
+    if window_size < 1 or (prefill_chunk_tokens is not None and prefill_chunk_tokens < 1):
+        raise InvalidInputError(
+            f"window_size is {window_size}, prefill_chunk_tokens {prefill_chunk_tokens}; "
+            "give at least 1"
+        )
     batch, seq_len = input_ids.shape
     num_tokens = _row_lengths(input_ids, attention_mask)
     if past is not None and (batch > 1 or num_tokens != (seq_len,)):

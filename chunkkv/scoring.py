@@ -39,16 +39,19 @@ def window_scores(
     batch, num_heads, window, head_dim = queries.shape
     num_kv_heads, seq_len = keys.shape[1], keys.shape[2]
     grouped = queries.reshape(batch, num_kv_heads, -1, head_dim)  # (batch, kv, group * window, d)
-    logits = (grouped @ keys.transpose(-1, -2)).float() * scaling
+    # Scaled before the product, as models do it: unscaled, it leaves the range of float16.
+    logits = ((grouped * scaling) @ keys.transpose(-1, -2)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.view(batch, num_kv_heads, num_heads // num_kv_heads, window, seq_len)
 
     visible = _visible(window, seq_len, num_padding, keys.device)  # (batch or 1, window, seq_len)
     logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
-    # A query that is padding sees nothing and must not vote (its softmax would be NaN).
-    attention = logits.softmax(dim=-1).nan_to_num(0.0)
-    num_voters = visible.any(dim=-1).sum(dim=-1)[:, None, None] * attention.shape[2]
+    votes = visible.any(dim=-1)  # (batch or 1, window); a query that is padding sees nothing
+    attention = logits.softmax(dim=-1)
+    if num_padding is not None:
+        attention = attention.masked_fill(~votes[:, None, None, :, None], 0.0)
+    num_voters = votes.sum(dim=-1)[:, None, None] * attention.shape[2]
     return attention.sum(dim=(2, 3)) / num_voters
 
 

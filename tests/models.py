@@ -49,7 +49,13 @@ _FAMILIES: Final[dict[str, tuple[Any, Any, dict[str, Any]]]] = {
     "gemma3": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,
-        {"head_dim": 16, "sliding_window": SLIDING_WINDOW, "layer_types": _MIXED_LAYERS},
+        {
+            "head_dim": 16,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": _MIXED_LAYERS,
+            # Tied, random weights only repeat the last token.
+            "tie_word_embeddings": False,
+        },
     ),
     "phi3": (Phi3Config, Phi3ForCausalLM, {}),
 }

@@ -1,0 +1,157 @@
+"""Window scores against explicit loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from chunkkv import window_scores
+
+SCALING = 0.3
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def slow_scores(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    padding: Sequence[int] = (0, 0),
+) -> torch.Tensor:
+    """Return what the window pays to each token, one query, one head and one key at a time."""
+    batch, num_heads, window, _ = queries.shape
+    num_kv_heads, seq_len = keys.shape[1], keys.shape[2]
+    group = num_heads // num_kv_heads
+    scores = torch.zeros(batch, num_kv_heads, seq_len, dtype=torch.float64)
+    for row in range(batch):
+        asking = [p for p in range(seq_len - window, seq_len) if p >= padding[row]]
+        for head in range(num_heads):
+            for position in asking:
+                seen = range(padding[row], position + 1)
+                query = queries[row, head, position - (seq_len - window)].double()
+                logits = [float(query @ keys[row, head // group, p].double()) for p in seen]
+                logits = [logit * SCALING for logit in logits]
+                if softcap is not None:
+                    logits = [softcap * math.tanh(logit / softcap) for logit in logits]
+                total = sum(math.exp(logit) for logit in logits)
+                for p, logit in zip(seen, logits, strict=True):
+                    share = math.exp(logit) / total / group / len(asking)
+                    scores[row, head // group, p] += share
+    return scores
+
+
+def tensors(
+    num_heads: int, num_kv_heads: int, *, window: int = 5, seq_len: int = 13, batch: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_heads * 100 + num_kv_heads)
+    queries = torch.randn(batch, num_heads, window, 8, generator=generator)
+    keys = torch.randn(batch, num_kv_heads, seq_len, 8, generator=generator)
+    return queries * 2, keys * 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 3), (9, 3), (8, 1)])
+def test_scores_equal_the_slow_reference(
+    num_heads: int, num_kv_heads: int, softcap: float | None, dtype: torch.dtype
+):
+    queries, keys = (t.to(dtype) for t in tensors(num_heads, num_kv_heads))
+
+    scores = window_scores(queries, keys, scaling=SCALING, softcap=softcap)
+
+    assert scores.dtype == torch.float32
+    expected = slow_scores(queries, keys, softcap=softcap)
+    torch.testing.assert_close(scores.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize(
+    "padding", [(0, 3), (3, 0), (0, 8), (0, 10), (2, 12)], ids=lambda p: f"padding{p}"
+)
+def test_padding_neither_asks_nor_is_seen(padding: tuple[int, int]):
+    queries, keys = tensors(4, 2)
+
+    scores = window_scores(queries, keys, scaling=SCALING, num_padding=torch.tensor(padding))
+
+    expected = slow_scores(queries, keys, padding=padding)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
+    assert all((scores[row, :, :n] == 0).all() for row, n in enumerate(padding))
+
+
+def test_padding_may_hold_anything():
+    queries, keys = tensors(4, 2)
+    expected = slow_scores(queries, keys, padding=(0, 10))
+    keys[1, :, :10] = math.nan
+    queries[1, :, :2] = math.nan
+
+    scores = window_scores(queries, keys, scaling=SCALING, num_padding=torch.tensor([0, 10]))
+
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 5, 13])
+@pytest.mark.parametrize("padding", [None, torch.tensor([0, 11])])
+def test_scores_of_a_row_sum_to_one(window: int, padding: torch.Tensor | None):
+    queries, keys = tensors(6, 3, window=window)
+
+    scores = window_scores(queries, keys, scaling=SCALING, num_padding=padding)
+
+    torch.testing.assert_close(scores.sum(dim=-1), torch.ones(2, 3), atol=1e-5, rtol=0)
+    assert (scores >= 0).all()
+
+
+def test_window_as_long_as_the_row_is_plain_causal_attention():
+    queries, keys = tensors(2, 2, window=13)
+
+    scores = window_scores(queries, keys, scaling=SCALING)
+
+    logits = (queries @ keys.mT * SCALING).masked_fill(
+        torch.ones(13, 13).triu(1).bool(), float("-inf")
+    )
+    torch.testing.assert_close(scores, logits.softmax(-1).mean(dim=2), atol=1e-6, rtol=0)
+
+
+def test_query_does_not_see_what_follows_it():
+    queries, keys = tensors(2, 2, window=2, batch=1)
+    keys[:, :, -1] = 100 * queries[:, :, 0]
+
+    scores = window_scores(queries, keys, scaling=SCALING)
+
+    assert (scores[:, :, :-1].sum(dim=-1) >= 0.5 - 1e-6).all(), "the first query sees only these"
+
+
+def test_product_outside_the_range_of_float16_is_scaled_before():
+    queries = torch.full((1, 1, 2, 64), 40.0, dtype=torch.float16)
+    keys = torch.full((1, 1, 4, 64), 40.0, dtype=torch.float16)
+    assert (queries @ keys.mT).isinf().all(), "only of interest where the product overflows"
+
+    scores = window_scores(queries, keys, scaling=0.125)
+
+    expected = torch.tensor([1 / 3 + 1 / 4] * 3 + [1 / 4]) / 2
+    torch.testing.assert_close(scores[0, 0], expected, atol=1e-6, rtol=0)
+
+
+def test_overflow_is_visible_in_the_scores():
+    queries, keys = tensors(2, 2)
+    keys[0, 0, 3] = math.inf
+
+    scores = window_scores(queries, keys, scaling=SCALING)
+
+    assert not scores[0, 0].isfinite().all()
+
+
+def test_long_window_is_the_mean_of_its_queries():
+    queries, keys = tensors(2, 1, window=300, seq_len=400, batch=1)
+    blocks = [
+        window_scores(queries[:, :, i : i + 1], keys[:, :, : 101 + i], scaling=SCALING)
+        for i in range(300)
+    ]
+
+    scores = window_scores(queries, keys, scaling=SCALING)
+
+    expected = torch.stack(
+        [torch.nn.functional.pad(block, (0, 400 - block.shape[-1])) for block in blocks]
+    ).mean(dim=0)
+    torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
