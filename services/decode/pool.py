@@ -141,10 +141,7 @@ async def _serve(settings: DecodeSettings, store: Store, stopping: asyncio.Event
 
 
 async def _start(settings: DecodeSettings, store: Store, pool_id: str) -> Sequence[WorkerInfo]:
-    try:
-        await asyncio.to_thread(_deploy, settings, pool_id)
-    except RuntimeError as error:
-        raise PoolError(f"Ray Serve could not start the decode workers: {error}") from error
+    await asyncio.to_thread(_deploy, settings, pool_id)
     return await wait_announced(
         store, pool_id, settings.decode_replicas, timeout_s=settings.ready_timeout_s
     )
@@ -156,10 +153,12 @@ async def wait_announced(
     """Wait until the registry has so many workers of a pool, and return them.
 
     Raises:
-        PoolError: It has not after ``timeout_s`` seconds.
+        PoolError: Ray Serve gave up, or they are not there after ``timeout_s`` seconds.
     """
     deadline = time.monotonic() + timeout_s
     while len(workers := await _workers(store, pool_id)) < num_workers:
+        if (reason := await asyncio.to_thread(_failure, pool_id)) is not None:
+            raise PoolError(f"Ray Serve could not start the decode workers: {reason}")
         if time.monotonic() > deadline:
             raise PoolError(
                 f"{len(workers)} of {num_workers} decode workers are announced after {timeout_s} s"
@@ -183,7 +182,16 @@ def _deploy(settings: DecodeSettings, pool_id: str) -> None:
         graceful_shutdown_timeout_s=settings.stop_grace_s + _EXIT_S,
     )
     serve.start(proxy_location="Disabled")
-    serve.run(deployment.bind(settings, pool_id), name=pool_id, route_prefix=None)
+    target = serve.RunTarget(deployment.bind(settings, pool_id), name=pool_id, route_prefix=None)
+    # Not waited for: a thread that waits inside Serve could not be stopped, and would wait for
+    # ever for a pool that is stopped while it starts.
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _failure(pool_id: str) -> str | None:
+    """Return why Ray Serve gave the pool up, if it has."""
+    found = serve.status().applications.get(pool_id)
+    return found.message if found is not None and found.status == "DEPLOY_FAILED" else None
 
 
 def _delete(pool_id: str) -> None:
