@@ -35,6 +35,9 @@ _POLL_S: Final = 0.2
 # Past its grace period a replica needs a moment to close its connections.
 _EXIT_S: Final = 5.0
 
+# Of 107 bytes that the path of a unix socket may have, Ray's own part takes about 80.
+_MAX_RAY_FOLDER_BYTES: Final = 24
+
 _log = get_logger()
 
 
@@ -90,8 +93,7 @@ def ray_session(settings: DecodeSettings) -> Iterator[None]:
         finally:
             ray.shutdown()
         return
-    # Short, because Ray puts unix sockets deep into it.
-    directory = tempfile.mkdtemp(prefix="cs-ray-", dir=os.environ.get("RAY_TMPDIR"))
+    directory = tempfile.mkdtemp(prefix="cs-ray-", dir=os.environ.get("RAY_TMPDIR", _short_tmp()))
     try:
         ray.init(
             num_cpus=settings.ray_num_cpus or _needed_cpus(settings),
@@ -104,6 +106,12 @@ def ray_session(settings: DecodeSettings) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _short_tmp() -> str:
+    """Return a temporary folder into which Ray can put unix sockets, 70 characters deeper."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= _MAX_RAY_FOLDER_BYTES else "/tmp"
 
 
 async def run_pool(settings: DecodeSettings) -> None:

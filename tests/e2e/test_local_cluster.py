@@ -122,7 +122,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
     home: Path, model_path: str, number: signal.Signals
 ) -> None:
     # The cache holds the model already; the mark in the environment finds all processes.
-    demo = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "services.local.demo"],
         env={
             **os.environ,
@@ -131,17 +131,17 @@ def test_an_interrupted_demo_leaves_nothing_running(
         },
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert demo.stdout is not None
-    for line in demo.stdout:
-        if line.startswith("Question:"):
-            break
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("Question:"):
+                break
 
-    demo.send_signal(number)
-    rest = demo.stdout.read()
+        demo.send_signal(number)
+        rest = demo.stdout.read()
 
-    assert demo.wait(timeout=90) == 130
-    assert "nothing is left running" in rest
+        assert demo.wait(timeout=90) == 130
+        assert "nothing is left running" in rest
 
 
 def _cache_of(model_path: str, home: Path) -> Path:
