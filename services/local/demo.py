@@ -26,12 +26,14 @@ from services.store.embedded import EmbeddedStoreError
 
 MIN_TOKENS: Final = 6000
 
-_CHARACTERS: Final = 31_000
+_CHARACTERS: Final = 30_500
 
-# Two facts far from one another: the second question asks for what the first one did not.
+# Facts far from one another, by depth: the second question asks for one that the first did not.
 _FACTS: Final = {
+    0.2: "The ferry to Tarbert island leaves at 7:45 from the harbour of Oban.",
     0.35: "The access code of the north door is 4718, and it was last changed in March 2009.",
     0.45: "The telephone number of Dr. Lindqvist is 5539, and her office is in the Orange Tower.",
+    0.62: "The lighthouse of Skagen was built in 1858 by the architect Niels Bergmann.",
 }
 _COMPRESSION: Final = Compression(keep_ratio=0.2)
 _MAX_TOKENS: Final = 40
@@ -74,7 +76,7 @@ class Turn:
 
 
 def document() -> str:
-    """Return English prose of more than 6,000 tokens: Python's own documentation, and two facts."""
+    """Return English prose of more than 6,000 tokens: Python's own documentation, and our facts."""
     chosen: list[str] = []
     for sentence in prose_sentences():
         chosen.append(sentence)
