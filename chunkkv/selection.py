@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,13 @@ def select(scores: torch.Tensor, policy: CompressionPolicy, *, num_layers: int) 
     expected = len(scored_layers(policy, num_layers))
     if scores.shape[0] != expected:
         raise InvalidInputError(f"scores of {scores.shape[0]} layers; this policy reads {expected}")
-    if not torch.isfinite(scores).all():
-        raise InvalidInputError("scores are not finite: the model's attention overflowed")
     if policy.scope == "global":
         scores = scores.sum(dim=(0, 1), keepdim=True)
     elif policy.scope != "head":
         scores = scores.sum(dim=1, keepdim=True)
+    # After the sums, which are smaller and keep what is not finite.
+    if not math.isfinite(scores.sum()):
+        raise InvalidInputError("scores are not finite: the model's attention overflowed")
     positions = select_positions(
         scores,
         policy.budget(scores.shape[-1]),

@@ -1,0 +1,110 @@
+"""Needles: whole chunks against single tokens, question at the end, 30 % kept.
+
+    python -m tests.benchmarks.bench_needle [--samples 20] [--model PATH] [--json FILE]
+
+Each sample is about 1,200 tokens of English with one seven-digit number in it. It is prefilled
+once; every method compresses that same cache and answers greedily. Exit code 1 if chunks do not
+find more numbers than tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import chunkkv
+from chunkkv.evaluation.haystack import Haystack, graded, haystack
+from services.local.model import ensure_demo_model
+
+NUM_TOKENS = 1150  # of the document; question and template bring it to about 1,200
+MAX_NEW_TOKENS = 24
+
+
+def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
+    """Return what is compared."""
+
+    def policy(**choices: Any) -> chunkkv.CompressionPolicy:
+        return chunkkv.CompressionPolicy(keep_ratio=keep_ratio, **choices)
+
+    return {
+        "full cache": chunkkv.CompressionPolicy(keep_ratio=1.0),
+        "chunk 20, layer (ChunkKV)": policy(),
+        "chunk 10, layer (ChunkKV, paper)": policy(chunk_size=10, sink_tokens=0),
+        "chunk 20, head": policy(scope="head"),
+        "chunk 20, group of 2 (index reuse)": policy(scope="group"),
+        "chunk 20, global": policy(scope="global"),
+        "token, layer": policy(unit="token"),
+        "token, head (SnapKV)": policy(unit="token", scope="head"),
+    }
+
+
+@torch.no_grad()
+def answers(
+    model: Any, tokenizer: Any, sample: Haystack, policies: dict[str, chunkkv.CompressionPolicy]
+) -> dict[str, str]:
+    """Return each method's answer to the sample's question, from one prefill."""
+    content = f"{sample.text}\n\n{sample.needles[0].question}"
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )["input_ids"]
+    window = max(policy.window_size for policy in policies.values())
+    prefilled = chunkkv.run_prefill(model, ids[:, :-1], window_size=window)
+    found = {}
+    for name, policy in policies.items():
+        kept = chunkkv.compress(prefilled, policy)
+        inputs = chunkkv.generation_inputs(model, [kept], [ids[0]])
+        out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        found[name] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return found
+
+
+def main() -> int:
+    """Measure, print a table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=20, help="needles (%(default)s)")
+    parser.add_argument("--keep-ratio", type=float, default=0.3, help="kept (%(default)s)")
+    parser.add_argument("--model", help="folder or hub id; the demo model if not given")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
+    options = parser.parse_args()
+
+    path = options.model or str(ensure_demo_model())
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    policies = methods(options.keep_ratio)
+    grades: dict[str, list[float]] = {name: [] for name in policies}
+    for seed in range(options.samples):
+        sample = haystack(tokenizer, num_tokens=NUM_TOKENS, seed=seed)
+        for name, answer in answers(model, tokenizer, sample, policies).items():
+            grades[name].append(graded(sample.needles[0].answer, answer))
+        print(f"\r{seed + 1} of {options.samples}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    results = {
+        name: {"exact": sum(g == 1 for g in values), "graded": sum(values) / len(values)}
+        for name, values in grades.items()
+    }
+    print(
+        f"{options.samples} needles of 7 digits, about 1,200 tokens, question at the end, "
+        f"{options.keep_ratio:.0%} kept, {os.path.basename(path)}"
+    )
+    print(f"{'':38}{'exact':>7}{'digits':>8}")
+    for name, result in results.items():
+        print(f"{name:38}{result['exact']:7d}{result['graded']:8.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2))
+    chunks, tokens = results["chunk 20, layer (ChunkKV)"], results["token, head (SnapKV)"]
+    return 0 if chunks["exact"] > max(tokens["exact"], results["token, layer"]["exact"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
