@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import warnings
@@ -74,11 +77,18 @@ class Pool:
         self._descendants.update(found)
         return found
 
-    async def first_descendant(self) -> None:
-        """Wait until it has started another process."""
+    async def has_started(self, name: str) -> None:
+        """Wait until a process of this name is below it."""
         async with asyncio.timeout(START_S):
-            while not self.descendants():  # noqa: ASYNC110  # the system sets no event
+            while not self._has(name):  # noqa: ASYNC110  # the system sets no event
                 await asyncio.sleep(0.01)
+
+    def _has(self, name: str) -> bool:
+        for process in self.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(name in word for word in process.cmdline()):
+                    return True
+        return False
 
     async def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal; return the exit code."""
@@ -114,7 +124,13 @@ class Pool:
 
 @asynccontextmanager
 async def running_pool(
-    valkey_url: str, model_path: Path, ray_directory: Path, **settings: object
+    valkey_url: str,
+    model_path: Path,
+    ray_directory: Path,
+    *,
+    ray_address: str = "",
+    token: Path | None = None,
+    **settings: object,
 ) -> AsyncIterator[Pool]:
     own = {f"CHUNKSERVE_{name.upper()}": str(value) for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
@@ -122,13 +138,14 @@ async def running_pool(
         "-m",
         "services.decode",
         env={
-            **{k: v for k, v in os.environ.items() if not k.startswith(("CHUNKSERVE_", "RAY_"))},
+            **plain_environment(token),
             "CHUNKSERVE_REDIS_URL": valkey_url,
             "CHUNKSERVE_MODEL": str(model_path),
             "CHUNKSERVE_TORCH_THREADS": "1",
             "CHUNKSERVE_HEARTBEAT_S": "0.3",
             "CHUNKSERVE_HEARTBEAT_TTL_S": "2",
             "RAY_TMPDIR": str(ray_directory),
+            "RAY_ADDRESS": ray_address,
             **own,
         },
         stdout=asyncio.subprocess.PIPE,
@@ -139,6 +156,47 @@ async def running_pool(
         yield pool
     finally:
         await pool.kill()
+
+
+@asynccontextmanager
+async def running_ray(
+    port: int, directory: Path, token: Path
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A Ray that is not the pool's."""
+    head = await asyncio.create_subprocess_exec(
+        *(Path(sys.executable).parent / "ray", "start", "--head", "--block"),
+        *(f"--port={port}", f"--temp-dir={directory}", "--num-cpus=1"),
+        *("--node-ip-address=127.0.0.1", "--include-dashboard=false"),
+        "--object-store-memory=100000000",
+        env=plain_environment(token),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert head.stdout is not None
+    try:
+        async with asyncio.timeout(START_S):
+            while b"Ray runtime started" not in (line := await head.stdout.readline()):
+                assert line, "Ray ended"
+        yield head
+    finally:
+        processes = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        await head.communicate()
+        _, alive = psutil.wait_procs(processes, timeout=STOP_S)
+        assert alive == []
+        shutil.rmtree(directory)
+
+
+def plain_environment(token: Path | None = None) -> dict[str, str]:
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("CHUNKSERVE_", "RAY_"))}
+    if token is not None:
+        own |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    return own
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def stream(address: str, num_tokens: int = 12) -> AsyncIterator[decode_pb2.DecodeResponse]:
@@ -215,12 +273,20 @@ async def test_a_killed_worker_is_replaced_and_a_stopped_pool_leaves_nothing(
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "process"),
+    [
+        (signal.SIGTERM, "gcs_server"),
+        (signal.SIGINT, "gcs_server"),
+        (signal.SIGTERM, "ray::ServeReplica"),
+    ],
+    ids=["sigterm_ray", "sigint_ray", "sigterm_model"],
+)
 async def test_a_pool_that_is_stopped_while_it_starts_leaves_nothing(
-    valkey_url, store, model_path, ray_directory, number
+    valkey_url, store, model_path, ray_directory, number, process
 ):
     async with running_pool(valkey_url, model_path, ray_directory) as pool:
-        await pool.first_descendant()
+        await pool.has_started(process)
 
         assert await pool.stop(number) == 0
 
@@ -229,11 +295,39 @@ async def test_a_pool_that_is_stopped_while_it_starts_leaves_nothing(
 
 @pytest.mark.ray
 @pytest.mark.slow
+async def test_a_pool_on_a_ray_of_others_leaves_it_running(
+    valkey_url, store, model_path, ray_directory, tmp_path
+):
+    port = free_port()
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    async with (
+        running_ray(port, ray_directory / "head", token) as head,
+        running_pool(
+            valkey_url,
+            model_path,
+            ray_directory,
+            ray_address=f"127.0.0.1:{port}",
+            token=token,
+        ) as pool,
+    ):
+        await pool.ready()
+        [worker] = await store.workers()
+        assert await answer(worker.address) == (worker.worker_id, generate(load_tiny(), PROMPT, 12))
+
+        assert await pool.stop() == 0
+
+        assert await store.workers() == ()
+        assert head.returncode is None
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 async def test_a_model_that_cannot_be_loaded_ends_the_pool_with_a_message(
     valkey_url, ray_directory, tmp_path
 ):
     async with running_pool(valkey_url, tmp_path / "nothing", ray_directory) as pool:
-        await pool.first_descendant()
+        await pool.has_started("gcs_server")
 
         code = await pool.ended(START_S)
 

@@ -19,6 +19,7 @@ from tiny_model import MAX_MODEL_LEN, generate, load_tiny
 
 import chunkkv
 from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, types_pb2
+from services.compress.memory import ReceivePool
 from services.compress.segments import covered_tokens, store_segment
 from services.decode.config import DecodeSettings
 from services.decode.kvcache import open_cache
@@ -151,7 +152,7 @@ def add_turn(
             loaded.model,
             torch.tensor([manifest.token_ids[covered_tokens(manifest) : -1]]),
             window_size=policy.window_size,
-            past=open_cache(store, loaded, manifest, None).cache,
+            past=open_cache(store, loaded, manifest, None, pool=ReceivePool()).cache,
             fingerprint=loaded.fingerprint,
         )
         [kv] = chunkkv.compress(prefilled, policy)
