@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict
 from pydoc_data.topics import topics
 
-from chunkserve_client import DEFAULT_ADDRESS, ChunkServeError, SyncClient, SyncSession
+from chunkserve_client import DEFAULT_ADDRESS, ChunkServeError, Compression, SyncClient, SyncSession
 
 FIRST = ("What is the access code of the north door?", "4718")
 SECOND = ("What is the telephone number of Dr. Lindqvist?", "5539")
@@ -54,7 +54,7 @@ def two_turns(client: SyncClient) -> None:
     Raises:
         SystemExit: The same worker answered both.
     """
-    session = client.create_session()
+    session = client.create_session(compression=Compression(keep_ratio=0.5))
     print(f"session {session.session_id}")
     first = ask(session, f"{document()}\n\n{FIRST[0]}", FIRST[1])
     second = ask(session, *SECOND, avoid_worker=first)

@@ -37,7 +37,8 @@ USER 10001:10001
 WORKDIR /home/chunkserve
 ENV CHUNKSERVE_DECODE_HOST=0.0.0.0 CHUNKSERVE_DECODE_PORT=50053 CHUNKSERVE_ADVERTISE_HOST=""
 # Without a token, whoever reaches Ray's ports can run code in its cluster.
-ENV RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+# At normal priority: Ray would give its workers the last turn on the CPU.
+ENV RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 EXPOSE 50053
 HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-m", "services.runtime.probe", "127.0.0.1:50053"]
