@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -16,12 +17,12 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from services.decode.config import DecodeSettings
 from services.decode.worker import DecodeWorker, end_task, load
@@ -132,7 +133,17 @@ async def run_pool(settings: DecodeSettings) -> None:
 
 async def _serve(settings: DecodeSettings, store: Store, stopping: asyncio.Event) -> None:
     pool_id = f"decode-{uuid.uuid4().hex[:8]}"
-    started = asyncio.create_task(_start(settings, store, pool_id))
+    # Not to be left before its end: what is deployed later than deleted would stay.
+    await asyncio.to_thread(_deploy, settings, pool_id)
+    started = asyncio.create_task(
+        wait_announced(
+            store,
+            pool_id,
+            settings.decode_replicas,
+            timeout_s=settings.ready_timeout_s,
+            check=functools.partial(_check_deployment, pool_id),
+        )
+    )
     stopped = asyncio.create_task(stopping.wait())
     try:
         await asyncio.wait({started, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -144,33 +155,38 @@ async def _serve(settings: DecodeSettings, store: Store, stopping: asyncio.Event
         _log.info("decode.stopping", pool_id=pool_id)
         await end_task(stopped)
         await end_task(started)
-        await asyncio.to_thread(_delete, pool_id)
+        with contextlib.suppress(TimeoutError):  # Serve waits 60 s; grace periods may be longer
+            await asyncio.to_thread(serve.delete, pool_id)
         await _withdraw_all(store, pool_id)
 
 
-async def _start(settings: DecodeSettings, store: Store, pool_id: str) -> Sequence[WorkerInfo]:
-    await asyncio.to_thread(_deploy, settings, pool_id)
-    return await wait_announced(
-        store, pool_id, settings.decode_replicas, timeout_s=settings.ready_timeout_s
-    )
-
-
 async def wait_announced(
-    store: Store, pool_id: str, num_workers: int, *, timeout_s: float
+    store: Store,
+    pool_id: str,
+    num_workers: int,
+    *,
+    timeout_s: float,
+    check: Callable[[], None] = lambda: None,
 ) -> Sequence[WorkerInfo]:
     """Wait until the registry has so many workers of a pool, and return them.
 
+    Args:
+        store: With the registry.
+        pool_id: Beginning of the workers' ids.
+        num_workers: How many.
+        timeout_s: Seconds to wait.
+        check: Blocks shortly, and raises if there is no use in waiting.
+
     Raises:
-        PoolError: Ray Serve gave up, or they are not there after ``timeout_s`` seconds.
+        PoolError: They did not come in time.
     """
     deadline = time.monotonic() + timeout_s
     while len(workers := await _workers(store, pool_id)) < num_workers:
-        if (reason := await asyncio.to_thread(_failure, pool_id)) is not None:
-            raise PoolError(f"Ray Serve could not start the decode workers: {reason}")
         if time.monotonic() > deadline:
             raise PoolError(
                 f"{len(workers)} of {num_workers} decode workers are announced after {timeout_s} s"
             )
+        await asyncio.to_thread(check)
         await asyncio.sleep(_POLL_S)
     return workers
 
@@ -202,10 +218,10 @@ def _failure(pool_id: str) -> str | None:
     return found.message if found is not None and found.status == "DEPLOY_FAILED" else None
 
 
-def _delete(pool_id: str) -> None:
-    """End the workers, each within its grace period. Serve itself ends with its Ray."""
-    with contextlib.suppress(RayServeException):  # Serve has not even started
-        serve.delete(pool_id)
+def _check_deployment(pool_id: str) -> None:
+    application = serve.status().applications[pool_id]
+    if application.status == ApplicationStatus.DEPLOY_FAILED:
+        raise PoolError(f"Ray Serve could not start the decode workers: {application.message}")
 
 
 async def _workers(store: Store, pool_id: str) -> Sequence[WorkerInfo]:
