@@ -1,0 +1,259 @@
+"""The prefill worker over gRPC, with a tiny model and a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+import torch
+from tiny_model import MAX_MODEL_LEN, byte_tokenizer, load_tiny, tiny_llama
+
+import chunkkv
+from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
+from services.prefill.config import PrefillSettings
+from services.prefill.runner import PrefillRunner
+from services.prefill.servicer import PrefillServicer
+from services.runtime.errors import OverloadedError
+from services.runtime.server import GrpcServer, open_channel
+from services.store import Store
+
+POLICY = types_pb2.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
+IDS = [1 + i * 7 % 250 for i in range(60)]
+
+
+@asynccontextmanager
+async def serving(store: Store) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
+    loaded = load_tiny()
+    settings = PrefillSettings(model="tiny", min_compress_tokens=16, prefill_chunk_tokens=8)
+    runner = PrefillRunner(loaded, prefill_chunk_tokens=8, queue_size=2)
+    servicer = PrefillServicer(loaded, runner, store, settings, worker_id="prefill-1")
+    add = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, servicer)
+    server = GrpcServer("127.0.0.1:0", [add], ["chunkserve.v1.PrefillService"])
+    port = await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        yield prefill_pb2_grpc.PrefillServiceStub(channel)
+    await server.stop(0)
+    runner.close()
+
+
+@pytest.fixture
+async def stub(store: Store) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
+    async with serving(store) as opened:
+        yield opened
+
+
+def session(**fields: object) -> manifest_pb2.Manifest:
+    made = manifest_pb2.Manifest(tenant="t", session_id="s", version=1, **fields)
+    made.compression.CopyFrom(POLICY)
+    made.ttl.FromSeconds(60)
+    return made
+
+
+def request(
+    manifest: manifest_pb2.Manifest, ids: list[int], **fields: object
+) -> prefill_pb2.PrefillRequest:
+    return prefill_pb2.PrefillRequest(
+        manifest=manifest, token_ids=types_pb2.TokenIds(ids=ids), **fields
+    )
+
+
+async def refused(call: object) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+async def test_a_long_prompt_becomes_a_segment_of_all_but_its_last_token(stub):
+    answer = await stub.Prefill(request(session(), IDS))
+
+    [segment] = answer.manifest.segments
+    assert (segment.first_token, segment.num_tokens) == (0, 59)
+    assert segment.num_kept_tokens == 29
+    assert list(answer.manifest.token_ids) == IDS
+    assert answer.num_prefilled_tokens == 59
+    assert answer.manifest.version == 1
+    assert answer.manifest.model_fingerprint == load_tiny().fingerprint
+
+
+async def test_a_short_prompt_is_left_pending(stub):
+    answer = await stub.Prefill(request(session(), IDS[:16]))
+
+    assert not answer.manifest.segments
+    assert list(answer.manifest.token_ids) == IDS[:16]
+    assert answer.num_prefilled_tokens == 0
+
+
+async def test_an_equal_prefix_is_found_and_not_computed(stub):
+    first = await stub.Prefill(request(session(), IDS))
+    other = session()
+    other.session_id = "other"
+
+    second = await stub.Prefill(request(other, IDS))
+
+    assert second.manifest.segments == first.manifest.segments
+    assert second.num_prefilled_tokens == 0
+
+
+async def test_one_off_requests_share_nothing(stub):
+    one_off = session()
+    one_off.session_id = ""
+
+    answers = [await stub.Prefill(request(one_off, IDS)) for _ in range(2)]
+
+    assert answers[0].manifest.segments != answers[1].manifest.segments
+    assert [answer.num_prefilled_tokens for answer in answers] == [59, 59]
+
+
+async def test_a_later_turn_computes_its_own_tokens_on_top_of_the_stored_ones(stub):
+    first = await stub.Prefill(request(session(), IDS))
+
+    second = await stub.Prefill(request(first.manifest, IDS[:30]))
+
+    assert second.num_prefilled_tokens == 30  # the token that was pending, and 29 new ones
+    assert [s.first_token for s in second.manifest.segments] == [0, 59]
+    assert len(second.manifest.token_ids) == 90
+
+
+async def test_a_chunk_larger_than_the_prompt_is_refused_if_the_request_says_so(stub):
+    asked = types_pb2.CompressionPolicy(chunk_size=61)
+
+    error = await refused(stub.Prefill(request(session(), IDS, compression=asked)))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "chunk_size is 61, but the prompt has 60 tokens; send 1 to 60" in error.details()
+
+
+async def test_a_chunk_larger_than_the_prompt_is_fine_if_the_session_says_so(stub):
+    manifest = session()
+    manifest.compression.chunk_size = 61
+
+    answer = await stub.Prefill(request(manifest, IDS))
+
+    assert answer.manifest.segments[0].num_kept_tokens == 29
+
+
+@pytest.mark.parametrize("min_free_tokens", [0, 20])
+async def test_a_prompt_that_leaves_no_room_is_refused(stub, min_free_tokens):
+    room = max(min_free_tokens, 1)
+    ids = [1] * (MAX_MODEL_LEN - room + 1)
+
+    error = await refused(stub.Prefill(request(session(), ids, min_free_tokens=min_free_tokens)))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"send at most {MAX_MODEL_LEN - room}" in error.details()
+
+
+async def test_a_session_of_another_model_is_refused(stub):
+    error = await refused(stub.Prefill(request(session(model_fingerprint="other"), IDS)))
+
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "start a new session" in error.details()
+
+
+async def test_a_prefix_that_is_gone_is_not_found(stub, store):
+    first = await stub.Prefill(request(session(), IDS))
+    store.delete_segments([first.manifest.segments[0].segment_id])
+
+    error = await refused(stub.Prefill(request(first.manifest, IDS)))
+
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_tokenize_computes_nothing(stub):
+    answer = await stub.Tokenize(prefill_pb2.TokenizeRequest(text="abc"))
+
+    assert byte_tokenizer().decode(list(answer.token_ids)) == "abc"
+
+
+class HeldRunner:
+    """A runner whose model stops before every forward pass until it is let go."""
+
+    def __init__(self, *, queue_size: int) -> None:
+        self.loaded = load_tiny()
+        self.passes = 0
+        self.arrived = threading.Event()
+        self.go = threading.Event()
+        self.runner = PrefillRunner(self.loaded, prefill_chunk_tokens=8, queue_size=queue_size)
+        self.loaded.model.base_model.register_forward_pre_hook(self._hold)
+
+    def _hold(self, module: object, arguments: object) -> None:
+        self.passes += 1
+        self.arrived.set()
+        assert self.go.wait(30)
+
+    def start(self) -> asyncio.Task[object]:
+        cache = chunkkv.KVCache(self.loaded.model.config)
+        policy = chunkkv.CompressionPolicy(window_size=4)
+        return asyncio.create_task(self.runner.run(IDS, cache, policy))
+
+
+async def test_a_cancelled_prompt_ends_before_its_next_pass_and_frees_its_place():
+    held = HeldRunner(queue_size=0)
+    task = held.start()
+    await asyncio.to_thread(held.arrived.wait, 30)
+
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    held.go.set()
+    async with asyncio.timeout(30):
+        while held.runner.num_active:  # noqa: ASYNC110  # a thread ends it
+            await asyncio.sleep(0.01)
+
+    assert held.passes == 1
+    held.runner.close()
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_again():
+    held = HeldRunner(queue_size=1)
+    running, waiting = held.start(), held.start()
+    await asyncio.to_thread(held.arrived.wait, 30)
+
+    with pytest.raises(OverloadedError, match="2 prompts are running or waiting") as caught:
+        await held.start()
+
+    assert caught.value.retry_after_s == 1.0
+    held.go.set()
+    results = await asyncio.gather(running, waiting)
+    assert torch.equal(results[0].kv.memory, results[1].kv.memory)
+    held.runner.close()
+
+
+@pytest.mark.slow
+async def test_a_worker_that_is_stopped_withdraws_and_ends_with_0(tmp_path, valkey_url, store):
+    tiny_llama().save_pretrained(tmp_path / "tiny")
+    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.prefill"),
+        env={
+            **os.environ,
+            "CHUNKSERVE_MODEL": str(tmp_path / "tiny"),
+            "CHUNKSERVE_REDIS_URL": valkey_url,
+            "CHUNKSERVE_LISTEN": "127.0.0.1:0",
+        },
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        while not (workers := await store.workers()):  # noqa: ASYNC110  # another process
+            await asyncio.sleep(0.05)
+    async with open_channel(workers[0].address) as channel:
+        stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+        answer = await stub.Prefill(request(session(), [*IDS, *IDS, *IDS]))
+
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(30):
+        out, _ = await process.communicate()
+
+    assert answer.worker_id == workers[0].worker_id
+    assert len(answer.manifest.segments) == 1
+    assert process.returncode == 0
+    assert b"server.stopped" in out
+    assert await store.workers() == ()
