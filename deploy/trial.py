@@ -21,7 +21,7 @@ SECOND = ("What is the telephone number of Dr. Lindqvist?", "5539")
 
 
 def document() -> str:
-    """Return about 1,200 tokens of Python's documentation, with two facts in it."""
+    """Return about 1,500 tokens of Python's documentation, with two facts in it."""
     prose = topics["naming"].split("\n\n")[2:36]
     prose.insert(10, "The access code of the north door is 4718.")
     prose.insert(20, "The telephone number of Dr. Lindqvist is 5539.")
