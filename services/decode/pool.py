@@ -25,8 +25,9 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from services.decode.config import DecodeSettings
-from services.decode.worker import DecodeWorker, end_task, load
+from services.decode.worker import DecodeWorker, load
 from services.runtime.errors import ServiceError
+from services.runtime.tasks import end_task
 from services.runtime.telemetry import configure_logging, get_logger
 from services.store import Store, open_store
 from services.store.base import WorkerInfo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-from typing import Any, Final
 
 import torch
 
@@ -18,11 +17,10 @@ from services.models.loader import LoadedModel, load_model
 from services.runtime.address import own_address
 from services.runtime.errors import UnavailableError
 from services.runtime.server import GrpcServer
+from services.runtime.tasks import end_task
 from services.runtime.telemetry import get_logger
 from services.store.base import Store, WorkerInfo
 from services.store.heartbeat import keep_announced
-
-_ASK_AGAIN_S: Final = 0.5
 
 _log = get_logger()
 
@@ -137,16 +135,3 @@ def load(settings: DecodeSettings) -> LoadedModel:
     return load_model(
         settings.model, name=settings.model_name, device=settings.device, dtype=settings.dtype
     )
-
-
-async def end_task(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for its end; what it raised is logged.
-
-    Asks again until it ends: on Python 3.11 a cancellation is lost if it comes in the moment in
-    which ``asyncio.wait_for`` has its result, and redis-py waits so for every command.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=_ASK_AGAIN_S)
-    if not task.cancelled() and (error := task.exception()) is not None:
-        _log.error("decode.task_failed", exc_info=error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import uuid
 
@@ -18,6 +17,7 @@ from services.prefill.servicer import PrefillServicer
 from services.runtime.address import own_address
 from services.runtime.config import load
 from services.runtime.server import GrpcServer, serve_until_stopped
+from services.runtime.tasks import end_task
 from services.runtime.telemetry import configure_logging, get_logger
 from services.store import open_store
 from services.store.base import WorkerInfo
@@ -65,9 +65,7 @@ async def serve(settings: PrefillSettings) -> None:
     )
 
     async def withdraw() -> None:
-        heartbeat.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await heartbeat
+        await end_task(heartbeat)
 
     async def close() -> None:
         runner.close()

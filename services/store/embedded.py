@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +19,14 @@ from urllib.parse import quote
 
 import redis
 
+from services.runtime.child import end_with_parent
+
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 5.0
 
 _SOCKET_NAME: Final = "valkey.sock"
 _LOG_NAME: Final = "valkey.log"
 _MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of a unix socket, less its final zero
-_PR_SET_PDEATHSIG: Final = 1
 _POLL_S: Final = 0.01
 
 
@@ -163,7 +161,7 @@ class EmbeddedValkey:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd=self._directory,
-                preexec_fn=_end_with_parent(os.getpid()),
+                preexec_fn=end_with_parent(),
             )
         except OSError as error:
             raise EmbeddedStoreError(f"cannot run {binary}: {error}") from None
@@ -253,20 +251,6 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _end_with_parent(parent_pid: int) -> Callable[[], None] | None:
-    """Return what the child runs so that it ends with its parent, however that one ends."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def set_death_signal() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent_pid:  # it ended before the call
-            os._exit(1)
-
-    return set_death_signal
 
 
 def _quoted(value: str) -> str:

@@ -1,8 +1,10 @@
+"""Background tasks that must end."""
+
 from __future__ import annotations
 
 import asyncio
 
-from services.decode.worker import end_task
+from services.runtime.tasks import end_task
 
 
 async def test_a_task_that_missed_its_cancellation_is_asked_again():
