@@ -213,12 +213,6 @@ def _deploy(settings: DecodeSettings, pool_id: str) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _failure(pool_id: str) -> str | None:
-    """Return why Ray Serve gave the pool up, if it has."""
-    found = serve.status().applications.get(pool_id)
-    return found.message if found is not None and found.status == "DEPLOY_FAILED" else None
-
-
 def _check_deployment(pool_id: str) -> None:
     application = serve.status().applications[pool_id]
     if application.status == ApplicationStatus.DEPLOY_FAILED:

@@ -55,6 +55,8 @@ def ensure_demo_model(say: Say = lambda text: None) -> Path:
         say("converting it to safetensors (once)")
         converted = Path(scratch) / "model"
         _convert(gguf, converted)
+        for file in converted.iterdir():
+            file.chmod(0o644)  # a container's user reads it too
         # Whole or not at all, whoever else does the same now.
         try:
             converted.rename(folder)
