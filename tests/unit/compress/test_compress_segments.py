@@ -1,6 +1,9 @@
-"""Segments under their content address, in a real store."""
+"""Segments: their names, and their way through a real store."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -11,141 +14,357 @@ from chunkserve.v1 import manifest_pb2, session_pb2
 from services.compress.memory import ReceivePool
 from services.compress.segments import (
     covered_tokens,
+    describe,
     fetched_segments,
     find_segment,
+    library_errors,
     segment_id,
     store_segment,
 )
-from services.runtime.errors import CorruptError, MismatchError, NotFoundError
+from services.runtime.errors import (
+    CorruptError,
+    InvalidRequestError,
+    MismatchError,
+    NotFoundError,
+    ServiceError,
+)
+from services.store import Store, keys
 
-NUM_TOKENS = 6
+TTL_S = 300.0
+MODEL = "model-a"
 
 
-def span(*, first_token: int = 0, fingerprint: str = "model") -> chunkkv.CompressedKV:
-    layer = chunkkv.LayerShape((NUM_TOKENS, NUM_TOKENS), 8, 8, index_list=0)
-    made = chunkkv.CompressedKV.empty(
-        chunkkv.SpanShape(
-            fingerprint=fingerprint,
-            policy="test",
-            first_token=first_token,
-            num_tokens=NUM_TOKENS,
-            dtype="float32",
-            layers=(layer, layer),
-            index_lengths=(NUM_TOKENS,),
-            has_scores=True,
-        )
+def session(*, num_tokens: int = 40, session_id: str = "s-1", tenant: str = "default") -> Any:
+    return manifest_pb2.Manifest(
+        tenant=tenant, session_id=session_id, token_ids=range(100, 100 + num_tokens)
     )
-    made.memory.copy_(torch.randint(0, 256, made.memory.shape, dtype=torch.uint8))
+
+
+def name_of(manifest: Any, **changes: Any) -> str:
+    return segment_id(
+        manifest, **{"num_tokens": 20, "policy": "half", "fingerprint": MODEL, **changes}
+    )
+
+
+def span(
+    *, first_token: int = 0, num_tokens: int = 20, head_dim: int = 8, fingerprint: str = MODEL
+) -> chunkkv.CompressedKV:
+    """Return a span of two layers that keeps half of its tokens, filled with random bytes."""
+    kept = num_tokens // 2
+    shape = chunkkv.SpanShape(
+        fingerprint=fingerprint,
+        policy="half",
+        first_token=first_token,
+        num_tokens=num_tokens,
+        dtype="float32",
+        layers=(chunkkv.LayerShape((kept, kept), head_dim, head_dim, index_list=0),) * 2,
+        index_lengths=(kept,),
+        has_scores=False,
+    )
+    made = chunkkv.CompressedKV.empty(shape)
+    generator = torch.Generator().manual_seed(first_token)
+    made.memory.copy_(torch.randint(0, 256, made.memory.shape, generator=generator))
     return made
 
 
-def manifest(**fields: object) -> manifest_pb2.Manifest:
-    own = {"tenant": "t", "session_id": "s", "token_ids": range(20)}
-    return manifest_pb2.Manifest(**{**own, **fields})
+def stored(store: Store, manifest: Any, **changes: Any) -> session_pb2.Segment:
+    """Store the manifest's next span, and name it there."""
+    kv = span(first_token=covered_tokens(manifest), **changes)
+    segment = store_segment(store, kv, manifest, ttl_s=TTL_S)
+    manifest.segments.append(segment)
+    return segment
 
 
-def name_of(owner: manifest_pb2.Manifest, **fields: object) -> str:
-    own = {"num_tokens": 5, "policy": "p", "fingerprint": "f"}
-    return segment_id(owner, **{**own, **fields})
+def fetch(store: Store, *segments: session_pb2.Segment, fingerprint: str = MODEL) -> list[bytes]:
+    """Return the bytes of segments that were fetched and found intact."""
+    pool = ReceivePool()
+    with fetched_segments(store, segments, fingerprint=fingerprint, pool=pool) as fetched:
+        return [kv.memory.numpy().tobytes() for kv in fetched.kv]
 
 
-PARENT = session_pb2.Segment(segment_id="parent", first_token=0, num_tokens=4)
+def part_key(client: redis.Redis, segment: session_pb2.Segment, index: int) -> str:
+    """Return the key of one part of a stored segment."""
+    value = client.get(keys.segment_header(segment.segment_id))
+    return keys.segment_parts(segment.segment_id, value)[index]
 
 
-@pytest.mark.parametrize(
-    ("owner", "fields"),
-    [
-        (manifest(tenant="other"), {}),
-        (manifest(token_ids=[9, *range(1, 20)]), {}),
-        (manifest(segments=[PARENT]), {}),
-        (manifest(), {"num_tokens": 6}),
-        (manifest(), {"policy": "q"}),
-        (manifest(), {"fingerprint": "g"}),
-    ],
-    ids=["tenant", "tokens", "parent", "length", "policy", "model"],
-)
-def test_whatever_makes_another_cache_makes_another_name(owner, fields):
-    assert name_of(owner, **fields) != name_of(manifest())
+@pytest.fixture
+def client(valkey_url: str) -> Iterator[redis.Redis]:
+    """Looks and reaches behind the store."""
+    with redis.Redis.from_url(valkey_url) as opened:
+        yield opened
 
 
-def test_equal_prefixes_of_other_sessions_have_equal_names():
-    assert name_of(manifest(session_id="other", version=7)) == name_of(manifest())
+def test_name_is_32_hexadecimal_characters():
+    name = name_of(session())
+
+    assert len(name) == 32
+    assert set(name) <= set("0123456789abcdef")
 
 
-def test_segments_of_one_off_requests_are_nobody_elses():
-    one_off = manifest(session_id="")
+def test_same_span_has_the_same_name_in_every_session():
+    longer = session(num_tokens=400, session_id="s-2")
 
-    assert name_of(one_off) != name_of(one_off)
-
-
-def test_a_name_needs_all_tokens():
-    with pytest.raises(ValueError, match="20 of the span's 21 tokens"):
-        name_of(manifest(), num_tokens=21)
+    assert name_of(session()) == name_of(session()) == name_of(longer)
 
 
-def test_what_was_stored_is_found_and_comes_back(store):
-    kv, owner, pool = span(), manifest(), ReceivePool()
+def test_name_depends_on_everything_that_decides_the_contents():
+    other_tokens = session()
+    other_tokens.token_ids[7] += 1
+    on_top = session()
+    on_top.segments.add(segment_id="parent-1", num_tokens=20)
+    on_another = session()
+    on_another.segments.add(segment_id="parent-2", num_tokens=20)
 
-    segment = store_segment(store, kv, owner, ttl_s=60)
-    owner.segments.append(segment)
+    names = {
+        name_of(session()),
+        name_of(session(), num_tokens=19),
+        name_of(session(), policy="other"),
+        name_of(session(), fingerprint="model-b"),
+        name_of(session(tenant="another")),
+        name_of(other_tokens),
+        name_of(on_top),
+        name_of(on_another),
+    }
 
-    assert covered_tokens(owner) == NUM_TOKENS
-    assert find_segment(store, segment.segment_id, ttl_s=60) == segment
-    assert find_segment(store, "0" * 32, ttl_s=60) is None
-    with fetched_segments(store, [segment], fingerprint="model", pool=pool) as fetched:
-        assert torch.equal(fetched.kv[0].memory, kv.memory)
-        assert fetched.size_bytes == segment.size_bytes
-        assert segment.num_kept_tokens == NUM_TOKENS
-
-
-def test_several_segments_come_in_order_in_one_piece_of_memory(store):
-    owner, spans = manifest(), []
-    for first_token in (0, NUM_TOKENS):
-        spans.append(span(first_token=first_token))
-        owner.segments.append(store_segment(store, spans[-1], owner, ttl_s=60))
-
-    with fetched_segments(
-        store, owner.segments, fingerprint="model", pool=ReceivePool()
-    ) as fetched:
-        assert [kv.first_token for kv in fetched.kv] == [0, NUM_TOKENS]
-        assert all(torch.equal(a.memory, b.memory) for a, b in zip(fetched.kv, spans, strict=True))
+    assert len(names) == 8
 
 
-def fetch(store, segment, fingerprint="model"):
-    with fetched_segments(store, [segment], fingerprint=fingerprint, pool=ReceivePool()):
-        pass
+def test_bounds_between_what_is_hashed_are_part_of_it():
+    one = name_of(session(tenant="ab"), fingerprint="c")
+    other = name_of(session(tenant="a"), fingerprint="bc")
+
+    assert one != other
 
 
-def test_damage_is_refused_and_the_memory_given_back(store, valkey_url):
-    segment = store_segment(store, span(), manifest(), ttl_s=60)
-    with redis.Redis.from_url(valkey_url) as client:
-        for key in client.scan_iter(f"*{segment.segment_id}*"):
-            data = bytearray(client.get(key))
-            data[-1] ^= 1
-            client.set(key, bytes(data), keepttl=True)
+def test_names_of_one_off_requests_are_unique():
+    names = {name_of(session(session_id="")) for _ in range(100)}
 
-    with pytest.raises(CorruptError, match="damaged"):
-        fetch(store, segment)
+    assert len(names) == 100
 
 
-def test_a_segment_that_is_gone_is_not_found(store):
-    segment = store_segment(store, span(), manifest(), ttl_s=60)
-    store.delete_segments([segment.segment_id])
+def test_span_must_lie_within_the_tokens():
+    with pytest.raises(ValueError, match="manifest has 10 of the span's 20 tokens"):
+        name_of(session(num_tokens=10))
+
+
+def test_tokens_behind_the_last_segment_are_pending():
+    manifest = session()
+    assert covered_tokens(manifest) == 0
+
+    manifest.segments.add(first_token=0, num_tokens=12)
+    manifest.segments.add(first_token=12, num_tokens=9)
+
+    assert covered_tokens(manifest) == 21
+
+
+async def test_segments_come_back_as_they_went(store: Store):
+    manifest = session()
+    segments = [stored(store, manifest) for _ in range(2)]
+    pool = ReceivePool()
+
+    with fetched_segments(store, segments, fingerprint=MODEL, pool=pool) as fetched:
+        shapes = [kv.shape for kv in fetched.kv]
+        memories = [kv.memory.clone() for kv in fetched.kv]
+
+    for index, first_token in enumerate((0, 20)):
+        expected = span(first_token=first_token)
+        assert shapes[index] == expected.shape
+        assert torch.equal(memories[index], expected.memory)
+    assert fetched.size_bytes == sum(segment.size_bytes for segment in segments)
+    assert fetched.fetch_ms > 0
+
+
+async def test_segment_of_many_parts_comes_back(store: Store, client: redis.Redis):
+    manifest = session(num_tokens=4000)
+    segment = stored(store, manifest, num_tokens=4000, head_dim=64)
+    assert segment.size_bytes > 3 << 20, "several parts of 1 MiB"
+
+    [found] = fetch(store, segment)
+
+    assert found == span(num_tokens=4000, head_dim=64).memory.numpy().tobytes()
+    assert client.strlen(part_key(client, segment, 0)) == 1 << 20
+
+
+async def test_manifest_entry_says_what_was_stored(store: Store, client: redis.Redis):
+    segment = stored(store, session())
+
+    in_store = client.strlen(keys.segment_header(segment.segment_id)) - keys.RECORD_SIZE
+    in_store += client.strlen(part_key(client, segment, 0))
+    assert (segment.first_token, segment.num_tokens, segment.num_kept_tokens) == (0, 20, 10)
+    assert segment.size_bytes == in_store
+
+
+async def test_segment_that_is_there_is_not_written_again(store: Store, client: redis.Redis):
+    first = stored(store, session())
+    before = set(client.scan_iter())
+
+    again = stored(store, session(session_id="s-2"))
+
+    assert again == first
+    assert set(client.scan_iter()) == before
+
+
+async def test_segment_is_found_by_its_name_and_lives_on(store: Store, client: redis.Redis):
+    segment = stored(store, session())
+
+    found = find_segment(store, segment.segment_id, ttl_s=10 * TTL_S)
+
+    assert found == segment
+    assert client.ttl(part_key(client, segment, 0)) > TTL_S
+
+
+async def test_segment_that_is_not_there_is_not_found(store: Store):
+    assert find_segment(store, "0" * 32, ttl_s=TTL_S) is None
+    with pytest.raises(NotFoundError):
+        fetch(store, session_pb2.Segment(segment_id="0" * 32))
+
+
+@pytest.mark.parametrize("lost", ["header", "part"])
+async def test_expired_segment_is_not_found(store: Store, client: redis.Redis, lost: str):
+    segment = stored(store, session())
+    header = keys.segment_header(segment.segment_id)
+    client.delete(header if lost == "header" else part_key(client, segment, 0))
 
     with pytest.raises(NotFoundError):
         fetch(store, segment)
+    assert find_segment(store, segment.segment_id, ttl_s=TTL_S) is None
 
 
-def test_a_segment_of_another_model_is_refused(store):
-    segment = store_segment(store, span(), manifest(), ttl_s=60)
+async def test_segments_of_which_one_is_gone_are_not_used(store: Store, client: redis.Redis):
+    manifest = session()
+    segments = [stored(store, manifest) for _ in range(2)]
+    client.delete(keys.segment_header(segments[1].segment_id))
 
-    with pytest.raises(MismatchError, match="made by model model, not by other"):
-        fetch(store, segment, fingerprint="other")
+    with pytest.raises(NotFoundError):
+        fetch(store, *segments)
 
 
-def test_a_segment_under_another_name_is_refused(store):
+async def test_every_flipped_byte_of_a_stored_part_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+    key = part_key(client, segment, 0)
+    intact: Any = client.get(key)
+
+    for offset, byte in enumerate(intact):
+        client.setrange(key, offset, bytes([byte ^ 0x10]))
+        with pytest.raises(CorruptError, match="stored KV is damaged"):
+            fetch(store, segment)
+        client.setrange(key, offset, bytes([byte]))
+
+    assert fetch(store, segment) == [span(num_tokens=2, head_dim=1).memory.numpy().tobytes()]
+
+
+async def test_every_truncation_of_a_stored_part_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+    key = part_key(client, segment, 0)
+    intact: Any = client.get(key)
+
+    for length in range(len(intact)):
+        client.set(key, intact[:length], keepttl=True)
+        with pytest.raises(CorruptError):
+            fetch(store, segment)
+
+
+async def test_every_flipped_byte_of_a_stored_header_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+    key = keys.segment_header(segment.segment_id)
+    intact: Any = client.get(key)
+
+    for offset in range(keys.RECORD_SIZE, len(intact)):
+        client.setrange(key, offset, bytes([intact[offset] ^ 0x10]))
+        for use in (lambda: fetch(store, segment), lambda: _find(store, segment)):
+            with pytest.raises((CorruptError, MismatchError)):
+                use()
+        client.setrange(key, offset, bytes([intact[offset]]))
+
+
+def _find(store: Store, segment: session_pb2.Segment) -> Any:
+    return find_segment(store, segment.segment_id, ttl_s=TTL_S)
+
+
+async def test_part_of_another_segment_in_its_place_is_refused(store: Store, client: redis.Redis):
+    manifest = session()
+    one, other = (stored(store, manifest) for _ in range(2))
+    client.copy(part_key(client, other, 0), part_key(client, one, 0), replace=True)
+
+    with pytest.raises(CorruptError):
+        fetch(store, one)
+
+
+async def test_segment_under_anothers_name_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session())
     encoded = chunkkv.encode(span(), identity="its own name")
-    store.put_segment("another name", encoded.header, encoded.parts, ttl_s=60)
+    store.put_segment("f" * 32, encoded.header, encoded.parts, ttl_s=TTL_S)
+    segment.segment_id = "f" * 32
 
-    with pytest.raises(MismatchError, match="another name"):
-        fetch(store, session_pb2.Segment(segment_id="another name"))
+    for use in (lambda: fetch(store, segment), lambda: _find(store, segment)):
+        with pytest.raises(MismatchError, match="found its own name"):
+            use()
+
+
+async def test_segment_of_another_model_is_refused(store: Store):
+    segment = stored(store, session())
+
+    with pytest.raises(MismatchError, match="made by model model-a, not by model-b") as caught:
+        fetch(store, segment, fingerprint="model-b")
+
+    assert caught.value.error_reason == "MODEL_MISMATCH"
+
+
+async def test_segment_of_a_later_format_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session())
+    client.setrange(keys.segment_header(segment.segment_id), keys.RECORD_SIZE + 4, b"\x02")
+
+    with pytest.raises(MismatchError, match="format version 2") as caught:
+        fetch(store, segment)
+
+    assert caught.value.error_reason == "FORMAT_MISMATCH"
+
+
+async def test_memory_is_used_again_and_does_not_leak_into_the_next_segment(store: Store):
+    manifest = session()
+    large = stored(store, manifest)
+    small = stored(store, manifest, num_tokens=4)
+    pool, contents = ReceivePool(), []
+
+    for segment in (large, small):
+        with fetched_segments(store, [segment], fingerprint=MODEL, pool=pool) as fetched:
+            contents.append(fetched.kv[0].memory.numpy().tobytes())
+
+    assert contents[1] == span(first_token=20, num_tokens=4).memory.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (chunkkv.InvalidPolicyError, InvalidRequestError),
+        (chunkkv.InvalidInputError, InvalidRequestError),
+        (chunkkv.CorruptError, CorruptError),
+        (chunkkv.FormatError, MismatchError),
+        (chunkkv.MismatchError, MismatchError),
+    ],
+)
+def test_errors_of_the_library_become_errors_of_the_services(
+    raised: type[Exception], expected: type[ServiceError]
+):
+    def fail() -> None:
+        with library_errors():
+            raise raised("what was wrong")
+
+    with pytest.raises(expected, match="what was wrong"):
+        fail()
+
+
+def test_other_errors_pass():
+    def fail() -> None:
+        with library_errors():
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        fail()
+
+
+def test_description_is_taken_from_the_shape():
+    described = describe("name", span(first_token=7).shape, 99)
+
+    assert (described.segment_id, described.first_token, described.size_bytes) == ("name", 7, 99)
