@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from services.runtime.child import end_with_parent
+from services.runtime.child import ending_with_parent
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
@@ -53,13 +53,12 @@ def start_child(name: str, command: Sequence[str], *, env: Mapping[str, str], lo
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
+            ending_with_parent(command),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=dict(env),
             start_new_session=True,
-            preexec_fn=end_with_parent(),
         )
     return Child(name, process, log)
 

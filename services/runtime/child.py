@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Final
 
-_PR_SET_PDEATHSIG: Final = 1
+# Runs in the child and then becomes the command. Not a ``preexec_fn``: Python between fork and exec
+# is not safe where other threads run, and gRPC's do.
+_BECOME: Final = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+parent, command = int(sys.argv[1]), sys.argv[2:]
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != parent:  # it ended before the call
+    sys.exit(1)
+os.execv(command[0], command)
+"""
 
 
-def end_with_parent() -> Callable[[], None] | None:
-    """Return a ``preexec_fn`` for ``subprocess.Popen``: SIGTERM when the parent is gone.
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """Return ``command`` so that it gets SIGTERM when the process that starts it is gone.
 
-    Call it, and ``Popen``, from the main thread: the kernel sends the signal when the thread that
-    started the child ends. ``None`` where the kernel is not Linux.
+    Start it from the main thread: the kernel sends the signal when the thread that started the
+    child ends. Unchanged where the kernel is not Linux.
+
+    Args:
+        command: Its first word is the path of a program.
     """
     if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    parent_pid = os.getpid()
-
-    def set_death_signal() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent_pid:  # it ended before the call
-            os._exit(1)
-
-    return set_death_signal
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), *command]

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 import redis
 
-from services.runtime.child import end_with_parent
+from services.runtime.child import ending_with_parent
 
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 5.0
@@ -154,17 +154,15 @@ class EmbeddedValkey:
 
     def _launch(self, binary: Path) -> subprocess.Popen[bytes]:
         # The configuration goes through stdin: a password in the arguments would be seen by all.
-        try:
-            process = subprocess.Popen(
-                [str(binary), "-"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=self._directory,
-                preexec_fn=end_with_parent(),
-            )
-        except OSError as error:
-            raise EmbeddedStoreError(f"cannot run {binary}: {error}") from None
+        if not os.access(binary, os.X_OK):
+            raise EmbeddedStoreError(f"cannot run {binary}: there is no such program")
+        process = subprocess.Popen(
+            ending_with_parent([str(binary), "-"]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=self._directory,
+        )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
             stdin.write(self._configuration().encode())

@@ -177,7 +177,11 @@ async def test_a_one_off_request_leaves_nothing_in_the_store(cluster: LocalClust
         ({"prompt": "hi", "session": "nobody"}, SessionNotFound, "nobody"),
         ({"prompt": "hi", "model": "nothing"}, NotFound, "nothing"),
         ({"token_ids": [1, 49152]}, InvalidRequest, "49152"),
-        ({"prompt": PROMPTS["longer"], "timeout_s": 0.2}, DeadlineExceeded, "0.2 s"),
+        (
+            {"prompt": PROMPTS["longer"], "timeout_s": 0.2},
+            DeadlineExceeded,
+            "timeout_s=0.2|deadline",
+        ),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else None,
 )

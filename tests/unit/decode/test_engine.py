@@ -246,7 +246,7 @@ async def test_a_slow_reader_stops_only_his_own_sequence(loaded):
 async def test_tokens_that_waited_come_as_one_delta(loaded):
     async with running(loaded) as engine, engine.slot() as slot:
         generation = slot.start(task_of(loaded, PROMPT, max_tokens=10))
-        await until(lambda: generation.sequence.is_finished)
+        await until(lambda: len(generation._waiting) == 10)
 
         deltas = [delta async for delta in generation]
 
