@@ -5,7 +5,12 @@ Tensors in, tensors out; knows nothing of budgets or caches.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
+
+# Bounds the memory of a long window: so many queries' attention is held at a time.
+_QUERIES_AT_ONCE: Final = 64
 
 
 def window_scores(
@@ -36,23 +41,42 @@ def window_scores(
 
     Source: ChunkKV, Algorithm 1, "observe"; SnapKV (https://arxiv.org/abs/2404.14469), eq. 5.
     """
-    batch, num_heads, window, head_dim = queries.shape
+    batch, _, window, head_dim = queries.shape
     num_kv_heads, seq_len = keys.shape[1], keys.shape[2]
-    grouped = queries.reshape(batch, num_kv_heads, -1, head_dim)  # (batch, kv, group * window, d)
     # Scaled before the product, as models do it: unscaled, it leaves the range of float16.
-    logits = ((grouped * scaling) @ keys.transpose(-1, -2)).float()
+    grouped = (queries * scaling).view(batch, num_kv_heads, -1, window, head_dim)
+    visible = _visible(window, seq_len, num_padding, keys.device)  # (batch or 1, window, seq_len)
+
+    scores = torch.zeros(batch, num_kv_heads, seq_len, device=keys.device)
+    for start in range(0, window, _QUERIES_AT_ONCE):
+        asking = slice(start, start + _QUERIES_AT_ONCE)
+        scores += _attention_paid(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
+    num_voters = visible.any(dim=-1).sum(dim=-1)[:, None, None] * grouped.shape[2]
+    return scores / num_voters
+
+
+def _attention_paid(
+    queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Return ``(batch, num_kv_heads, seq_len)``: what each key gets of all queries together.
+
+    Args:
+        queries: ``(batch, num_kv_heads, group, window, head_dim)``, scaled.
+        keys: ``(batch, num_kv_heads, seq_len, head_dim)``.
+        visible: ``(batch or 1, window, seq_len)``: which query sees which key.
+        softcap: Bound of the logits.
+    """
+    logits = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.view(batch, num_kv_heads, num_heads // num_kv_heads, window, seq_len)
-
-    visible = _visible(window, seq_len, num_padding, keys.device)  # (batch or 1, window, seq_len)
-    logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
-    votes = visible.any(dim=-1)  # (batch or 1, window); a query that is padding sees nothing
-    attention = logits.softmax(dim=-1)
-    if num_padding is not None:
-        attention = attention.masked_fill(~votes[:, None, None, :, None], 0.0)
-    num_voters = votes.sum(dim=-1)[:, None, None] * attention.shape[2]
-    return attention.sum(dim=(2, 3)) / num_voters
+    logits = logits.view(*queries.shape[:4], keys.shape[2])
+    attention = logits.masked_fill_(~visible[:, None, None], float("-inf")).softmax(dim=-1)
+    # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
+    # an overflow must be seen.
+    is_padding = ~visible.any(dim=-1)  # (batch or 1, window)
+    if is_padding.any():
+        attention.masked_fill_(is_padding[:, None, None, :, None], 0.0)
+    return attention.sum(dim=(2, 3))
 
 
 def _visible(
