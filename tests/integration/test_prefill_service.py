@@ -13,11 +13,14 @@ from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+import redis
 import torch
 from tiny_model import MAX_MODEL_LEN, byte_tokenizer, load_tiny, tiny_llama
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
+from services.compress.memory import ReceivePool
+from services.compress.segments import fetched_segments
 from services.prefill.config import PrefillSettings
 from services.prefill.runner import PrefillRunner
 from services.prefill.servicer import PrefillServicer
@@ -30,10 +33,12 @@ IDS = [1 + i * 7 % 250 for i in range(60)]
 
 
 @asynccontextmanager
-async def serving(store: Store) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
+async def serving(
+    store: Store, runner: PrefillRunner | None = None
+) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
     loaded = load_tiny()
     settings = PrefillSettings(model="tiny", min_compress_tokens=16, prefill_chunk_tokens=8)
-    runner = PrefillRunner(loaded, prefill_chunk_tokens=8, queue_size=2)
+    runner = runner or PrefillRunner(loaded, prefill_chunk_tokens=8, queue_size=2)
     servicer = PrefillServicer(loaded, runner, store, settings, worker_id="prefill-1")
     add = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, servicer)
     server = GrpcServer("127.0.0.1:0", [add], ["chunkserve.v1.PrefillService"])
@@ -165,6 +170,103 @@ async def test_a_prefix_that_is_gone_is_not_found(stub, store):
     error = await refused(stub.Prefill(request(first.manifest, IDS)))
 
     assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_damaged_prefix_is_refused_as_data_loss(stub, valkey_url):
+    first = await stub.Prefill(request(session(), IDS))
+    with redis.Redis.from_url(valkey_url) as client:
+        [part] = client.scan_iter("*:0")
+        client.setrange(part, 100, b"\xff\x00\xff")
+
+    error = await refused(stub.Prefill(request(first.manifest, IDS)))
+
+    assert error.code() is grpc.StatusCode.DATA_LOSS
+    assert "stored KV is damaged" in error.details()
+
+
+async def test_stored_segments_are_what_the_library_computes(stub, store):
+    loaded = load_tiny()
+    policy = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
+    turn = IDS[:30]
+
+    first = await stub.Prefill(request(session(), IDS))
+    second = await stub.Prefill(request(first.manifest, turn))
+
+    expected = chunkkv.prefill(loaded.model, torch.tensor([IDS[:-1]]), policy)
+    past = chunkkv.KVCache.from_segments(loaded.model.config, expected)
+    new_ids = torch.tensor([[IDS[-1], *turn[:-1]]])
+    expected += chunkkv.compress(
+        chunkkv.run_prefill(loaded.model, new_ids, window_size=4, past=past), policy
+    )
+    lent = fetched_segments(
+        store, second.manifest.segments, fingerprint=loaded.fingerprint, pool=ReceivePool()
+    )
+    with lent as fetched:
+        for kv, own in zip(fetched.kv, expected, strict=True):
+            assert kv.shape == own.shape
+            for layer, own_layer in zip(kv.layers, own.layers, strict=True):
+                assert torch.equal(layer.positions, own_layer.positions)
+                torch.testing.assert_close(layer.keys, own_layer.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(layer.values, own_layer.values, atol=1e-4, rtol=1e-4)
+
+
+async def test_pending_tokens_of_a_short_turn_are_compressed_with_the_next_long_one(stub):
+    short = await stub.Prefill(request(session(), IDS[:10]))
+
+    long = await stub.Prefill(request(short.manifest, IDS[10:40]))
+
+    [segment] = long.manifest.segments
+    assert (segment.first_token, segment.num_tokens) == (0, 39)
+    assert (long.num_new_tokens, long.num_prefilled_tokens) == (30, 39)
+
+
+@pytest.mark.parametrize(
+    "field", ["chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kept_tokens"]
+)
+async def test_a_huge_number_in_a_policy_costs_nothing(stub, field):
+    manifest = session()
+    setattr(manifest.compression, field, 2**31 - 1)
+
+    answer = await stub.Prefill(request(manifest, IDS))
+
+    assert answer.manifest.segments[0].num_kept_tokens == (59 if field.startswith("max") else 29)
+
+
+async def test_a_bad_policy_is_refused(stub):
+    asked = types_pb2.CompressionPolicy(keep_ratio=1.5)
+
+    error = await refused(stub.Prefill(request(session(), IDS, compression=asked)))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "keep_ratio is 1.5" in error.details()
+
+
+async def test_a_full_queue_is_a_status_and_a_cancelled_call_makes_room(store):
+    held = HeldRunner(queue_size=0)
+    async with asyncio.timeout(60), serving(store, held.runner) as stub:
+        call = stub.Prefill(request(session(), [7, *IDS]))
+        await asyncio.to_thread(held.arrived.wait, 30)
+
+        error = await refused(stub.Prefill(request(session(), IDS)))
+        call.cancel()
+        held.go.set()
+        answer = await until_taken(stub, request(session(), IDS))
+
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "running or waiting" in error.details()
+    assert answer.num_prefilled_tokens == len(IDS) - 1
+
+
+async def until_taken(
+    stub: prefill_pb2_grpc.PrefillServiceStub, message: prefill_pb2.PrefillRequest
+) -> prefill_pb2.PrefillResponse:
+    """Send a request until the queue has room for it."""
+    while True:
+        try:
+            return await stub.Prefill(message)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
 
 
 async def test_tokenize_computes_nothing(stub):
