@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chunkkv
+
+# A damaged file; a device that is not there (torch built without it fails an assertion).
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, AssertionError, SafetensorError)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,7 +63,7 @@ def load_model(
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype).to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except _LOAD_ERRORS as error:
         raise SystemExit(f"cannot load the model {path!r}: {error}") from error
     return LoadedModel(
         name=name or os.path.basename(os.path.normpath(path)),

@@ -1,0 +1,76 @@
+"""Models and tokenizers from a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import EOS_TOKEN_ID, MAX_MODEL_LEN, byte_tokenizer, tiny_llama
+
+import chunkkv
+from services.models.loader import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_loaded_model_knows_what_the_services_need(folder: Path):
+    loaded = load_model(str(folder))
+
+    assert loaded.name == "tiny"
+    assert loaded.fingerprint == chunkkv.model_fingerprint(tiny_llama())
+    assert loaded.max_model_len == MAX_MODEL_LEN
+    assert loaded.eos_token_ids == {EOS_TOKEN_ID}
+    assert loaded.device == torch.device("cpu")
+    assert not loaded.model.training
+
+
+def test_name_is_the_folders_unless_given(folder: Path):
+    assert load_model(f"{folder}/").name == "tiny"
+    assert load_model(str(folder), name="chosen").name == "chosen"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_as_asked_and_makes_another_model(folder: Path, dtype: str):
+    loaded = load_model(str(folder), dtype=dtype)
+
+    assert loaded.model.dtype == getattr(torch, dtype)
+    same = loaded.fingerprint == chunkkv.model_fingerprint(tiny_llama())
+    assert same == (dtype == "float32")
+
+
+def test_every_token_that_ends_an_answer_is_known(tmp_path: Path):
+    model = tiny_llama()
+    model.generation_config.eos_token_id = [5, 6]
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+
+    assert load_model(str(tmp_path)).eos_token_ids == {EOS_TOKEN_ID, 5, 6}
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path)
+
+    with pytest.raises(SystemExit, match="cannot load the model"):
+        load_model(str(tmp_path))
+
+
+def test_folder_with_half_of_a_model_is_refused(folder: Path, tmp_path: Path):
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:200] if file.suffix == ".safetensors" else data)
+
+    with pytest.raises(SystemExit, match="cannot load the model"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_device_that_is_not_there_is_refused(folder: Path, device: str):
+    with pytest.raises(SystemExit, match="cannot load the model"):
+        load_model(str(folder), device=device)
