@@ -45,7 +45,7 @@ def window_scores(
     num_kv_heads, seq_len = keys.shape[1], keys.shape[2]
     # Scaled before the product, as models do it: unscaled, it leaves the range of float16.
     grouped = (queries * scaling).view(batch, num_kv_heads, -1, window, head_dim)
-    visible = _visible(window, seq_len, num_padding, keys.device)  # (batch or 1, window, seq_len)
+    visible = _visible(window, seq_len, num_padding, keys.device)
 
     scores = torch.zeros(batch, num_kv_heads, seq_len, device=keys.device)
     for start in range(0, window, _QUERIES_AT_ONCE):
@@ -63,14 +63,16 @@ def _attention_paid(
     Args:
         queries: ``(batch, num_kv_heads, group, window, head_dim)``, scaled.
         keys: ``(batch, num_kv_heads, seq_len, head_dim)``.
-        visible: ``(batch or 1, window, seq_len)``: which query sees which key.
+        visible: ``(batch or 1, window, <= seq_len)``: which query sees which of the last keys; all
+            see those before them.
         softcap: Bound of the logits.
     """
     logits = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.view(*queries.shape[:4], keys.shape[2])
-    attention = logits.masked_fill_(~visible[:, None, None], float("-inf")).softmax(dim=-1)
+    logits[..., -visible.shape[-1] :].masked_fill_(~visible[:, None, None], float("-inf"))
+    attention = logits.softmax(dim=-1)
     # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
     # an overflow must be seen.
     is_padding = ~visible.any(dim=-1)  # (batch or 1, window)
@@ -82,9 +84,12 @@ def _attention_paid(
 def _visible(
     window: int, seq_len: int, num_padding: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    positions = torch.arange(seq_len, device=device)
+    # Without padding, whatever lies before the window is seen by all of it: a mask of the window
+    # against itself is enough, and spares a pass over all logits.
+    first = seq_len - window if num_padding is None else 0
+    positions = torch.arange(first, seq_len, device=device)
     asking = positions[-window:, None]
-    visible = (positions <= asking)[None]  # (1, window, seq_len)
+    visible = (positions <= asking)[None]  # (1, window, seq_len - first)
     if num_padding is not None:
         padding = num_padding.to(device)[:, None, None]
         visible = visible & (positions >= padding) & (asking >= padding)
