@@ -95,7 +95,8 @@ def main() -> int:
     }
     print(
         f"{options.samples} needles of 7 digits, about 1,200 tokens, question at the end, "
-        f"{options.keep_ratio:.0%} kept, {os.path.basename(path)}"
+        f"{options.keep_ratio:.0%} kept, {os.path.basename(path)}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads"
     )
     print(f"{'':38}{'exact':>7}{'digits':>8}")
     for name, result in results.items():
