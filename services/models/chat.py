@@ -88,7 +88,7 @@ def _chat_ids(loaded: LoadedModel, chat: types_pb2.ChatInput, before: Sequence[i
         return _encode(loaded, _render(loaded, messages))
     ids = _encode(loaded, _render_next_turn(loaded, messages))
     # An answer that ended by itself holds its closing token already.
-    closed = before[-1] in loaded.eos_token_ids and ids[0] == before[-1]
+    closed = before[-1] in loaded.eos_token_ids and ids[:1] == [before[-1]]
     return ids[1:] if closed else ids
 
 

@@ -112,6 +112,14 @@ def test_a_template_that_cannot_be_used_is_told(loaded, template, before, says):
         tokenize(with_template(loaded, template), chat(QUESTION), before=before)
 
 
+def test_a_turn_that_the_template_makes_nothing_of_is_empty(loaded):
+    bare = with_template(loaded, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    nothing = {"role": "user", "content": ""}
+
+    with pytest.raises(InvalidRequestError, match="prompt is empty"):
+        tokenize(bare, chat(nothing), before=[5, 2])
+
+
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"cannot load the model .*nothing"):
         load_model(str(tmp_path / "nothing"))
