@@ -489,7 +489,7 @@ async def test_the_callers_deadline_ends_a_hanging_prefill(cluster: FakeCluster)
 
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await asyncio.wait_for(prefill.gate.cancelled.wait(), WAIT_S)
-    assert 0 < (prefill.remaining_s[0] or 0) <= 0.3
+    assert 0 < (prefill.remaining_s[0] or 0) < 1  # gRPC rounds a deadline up on the wire
     await all_requests_ended(cluster)
     assert await lease_is_free(cluster.store, "s-1")
 
