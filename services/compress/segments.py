@@ -171,6 +171,34 @@ def fetched_segments(
         yield FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)
 
 
+def receive_segment(
+    store: SegmentStore, name: str, memory: memoryview, *, fingerprint: str
+) -> chunkkv.CompressedKV:
+    """Fetch one segment into memory of the caller's; every byte is checked before it is used.
+
+    Args:
+        store: Where it is.
+        name: Its content address.
+        memory: Writable, at least as large as the manifest says that the segment is. The span is
+            views of its beginning.
+        fingerprint: Of the model.
+
+    Raises:
+        NotFoundError: The segment, or a part of it, is not in the store any more.
+        CorruptError: It is damaged, or larger than the manifest said.
+        MismatchError: It is another model's, or of another format version.
+    """
+    header, _ = _header(store, name, fingerprint)
+    if header.size_bytes > len(memory):
+        raise CorruptError(
+            f"segment {name} has {header.size_bytes} bytes, more than the {len(memory)} that its "
+            "session names"
+        )
+    own = memory[: header.size_bytes]
+    _receive(store, header, own)
+    return header.open(own)
+
+
 def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.Header, int]:
     """Return a segment's header and the bytes that it took."""
     data = store.get_header(name)

@@ -1,25 +1,26 @@
 """Runs the model over all sequences of this worker, on one thread of its own.
 
-The event loop asks for a slot, starts a sequence in it and reads its tokens; it never computes.
-The thread takes the sequences in turn, one forward pass each, so that a long answer does not make
-others wait. What callers see (:meth:`Engine.slot`, :meth:`Slot.start`, the returned generation)
-says nothing of how steps are made: an engine that steps all sequences in one pass keeps it.
+Continuous batching: every step is one forward pass over whatever sequences there are, each of which
+joins and leaves between two steps. Running streams get one token a step; sequences that have known
+tokens to be seen (the end of a prompt, a short turn, a resumed answer) take them in pieces that
+delay the streams by a bounded time. The event loop never computes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
 
+from services.decode.attention import Rows, forward
 from services.decode.generation import Generation
+from services.decode.pacing import Pace
 from services.decode.sequence import DecodeSequence, DecodeTask
-from services.decode.slots import Slots
+from services.decode.sequence_kv import MAX_NEW_TOKENS, SequenceKV
 from services.models.loader import LoadedModel
 from services.runtime.errors import UnavailableError
 from services.runtime.telemetry import get_logger
@@ -29,45 +30,40 @@ READER_CAPACITY: Final = 32
 
 _log = get_logger()
 
+# A sequence and how many of its known tokens a step takes.
+_Share = tuple[Generation, int]
+
 
 class Engine:
     """Generates for several requests at once.
 
     Args:
-        loaded: The model, its tokenizer and its end-of-sequence tokens.
-        num_slots: Sequences that are worked on at once.
-        queue_size: Requests that may wait for a slot.
-        prefill_chunk_tokens: Known tokens that one forward pass takes at most, so that a long
-            turn does not make the other sequences wait.
+        loaded: The model, its tokenizer and its end-of-sequence tokens. The model attends to
+            ``SequenceKV`` (``use_sequences``).
+        prefill_chunk_tokens: Known tokens in one step at most, in ``[1, MAX_NEW_TOKENS]``.
+        max_stall_ms: Milliseconds by which known tokens may lengthen a step of running streams.
     """
 
     def __init__(
         self,
         loaded: LoadedModel,
         *,
-        num_slots: int = 8,
-        queue_size: int = 32,
-        prefill_chunk_tokens: int = 512,
+        prefill_chunk_tokens: int = MAX_NEW_TOKENS,
+        max_stall_ms: float = 50.0,
     ) -> None:
         self._loaded = loaded
-        self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._slots = Slots(num_slots, queue_size)
-        self._generations: deque[Generation] = deque()
-        self._changed = threading.Condition()  # guards the two around it
+        self._pace = Pace(max_stall_ms, prefill_chunk_tokens)
+        self._generations: list[Generation] = []  # in order of arrival
+        self._changed = threading.Condition()  # guards the list
         self._is_running = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = asyncio.Event()
 
     @property
-    def num_slots(self) -> int:
-        """Sequences that are worked on at once."""
-        return self._slots.num_slots
-
-    @property
-    def num_active(self) -> int:
-        """Requests that hold a slot or wait for one."""
-        return self._slots.num_active
+    def num_running(self) -> int:
+        """Sequences that the thread knows."""
+        return len(self._generations)
 
     @property
     def is_running(self) -> bool:
@@ -92,40 +88,30 @@ class Engine:
         """Wait until the thread has failed."""
         await self._failed.wait()
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[Slot]:
-        """Hold a slot inside the block. Leaving it cancels what was started in the slot.
+    def submit(
+        self, task: DecodeTask, kv: SequenceKV, *, on_released: Callable[[], None]
+    ) -> Generation:
+        """Begin to generate.
+
+        Args:
+            task: What is to be generated.
+            kv: Of the tokens before the task's; has room for all that the task can come to.
+            on_released: Called on the event loop, once, when the thread uses ``kv`` no more.
 
         Raises:
-            OverloadedError: All slots are held and the queue is full.
-        """
-        await self._slots.acquire()
-        slot = Slot(self)
-        try:
-            yield slot
-        finally:
-            # Without waiting, so that no second cancellation can come in between.
-            if slot.generation is None:
-                self._slots.release()
-            else:
-                slot.generation.cancel(self._slots.release)
-
-    def submit(self, task: DecodeTask) -> Generation:
-        """Begin to generate. Called by :meth:`Slot.start`.
-
-        Raises:
+            InvalidRequestError: The task's resumed tokens contradict its settings.
             UnavailableError: The engine has failed or was stopped.
         """
-        assert self._loop is not None
         generation = Generation(
             DecodeSequence(
                 task,
                 tokenizer=self._loaded.tokenizer,
                 eos_token_ids=self._loaded.eos_token_ids,
             ),
+            kv,
             capacity=READER_CAPACITY,
-            loop=self._loop,
             notify=self._wake_up,
+            on_released=on_released,
         )
         with self._changed:
             if not self._is_running:
@@ -143,91 +129,118 @@ class Engine:
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                while (generation := self._next()) is not None:
-                    self._step(generation)
+                while shares := self._next_shares():
+                    self._step(shares)
         except BaseException as error:
             # Nobody could join the thread to see it: this is where a fatal error is told.
             _log.error("engine.failed", exc_info=error)
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._failed.set)
+            self._on_loop([self._failed.set])
         finally:
             self._release_all()
 
-    def _next(self) -> Generation | None:
-        """Wait for a sequence that can go on, in turn; ``None`` when it is time to stop."""
+    def _next_shares(self) -> list[_Share]:
+        """Wait until a sequence can go on, and return what the next step takes of each.
+
+        Empty when it is time to stop.
+        """
         with self._changed:
             while self._is_running:
-                self._drop_cancelled()
-                for _ in range(len(self._generations)):
-                    generation = self._generations.popleft()
-                    self._generations.append(generation)
-                    if generation.has_room:
-                        return generation
+                self._drop_ended()
+                if shares := self._share(each for each in self._generations if each.has_room):
+                    return shares
                 self._changed.wait()
-        return None
+        return []
 
-    def _step(self, generation: Generation) -> None:
+    def _share(self, ready: Iterable[Generation]) -> list[_Share]:
+        streams, catching_up = [], []
+        for generation in ready:
+            is_stream = generation.sequence.num_pending == 1
+            (streams if is_stream else catching_up).append(generation)
+        shares = [(generation, 1) for generation in streams]
+        left = self._pace.known_tokens(num_streams=len(streams))
+        for generation in catching_up:
+            piece = min(generation.sequence.num_pending, left)
+            if piece == 0:
+                break
+            shares.append((generation, piece))
+            left -= piece
+        return shares
+
+    def _step(self, shares: Sequence[_Share]) -> None:
+        started = time.perf_counter()
         try:
-            delta = generation.sequence.accept(self._forward(generation.sequence))
+            logits = self._forward(shares)
         except torch.AcceleratorError:
             raise  # the device is lost to this process, and with it every sequence
         except Exception as error:
-            self._release(generation, error)
+            self._release([(generation, error) for generation, _ in shares])
             return
-        if delta is not None:
-            generation.put(delta)
-        if generation.sequence.is_finished:
-            self._release(generation, None)
-
-    def _forward(self, sequence: DecodeSequence) -> torch.Tensor:
-        tokens = sequence.next_input(self._prefill_chunk_tokens)
-        output = self._loaded.model(
-            input_ids=torch.tensor([tokens], device=self._loaded.device),
-            past_key_values=sequence.cache,
-            use_cache=True,
-            logits_to_keep=1,
+        woken: list[Callable[[], None]] = []
+        ended: list[tuple[Generation, Exception | None]] = []
+        for (generation, _), row in zip(shares, logits, strict=True):
+            try:
+                delta = generation.sequence.accept(row)
+            except Exception as error:
+                ended.append((generation, error))
+                continue
+            if delta is not None:
+                woken.append(generation.put(delta))
+            if generation.sequence.is_finished:
+                ended.append((generation, None))
+        self._on_loop(woken)
+        self._release(ended)
+        num_known = sum(piece for _, piece in shares if piece > 1)
+        self._pace.observe(
+            (time.perf_counter() - started) * 1000,
+            num_streams=sum(piece == 1 for _, piece in shares),
+            num_known_tokens=num_known,
         )
-        logits: torch.Tensor = output.logits[0, -1]
+
+    def _forward(self, shares: Sequence[_Share]) -> torch.Tensor:
+        """Return the logits behind each share's last token ``(len(shares), vocab_size)``."""
+        token_ids: list[int] = []
+        position_ids: list[int] = []
+        last: list[int] = []
+        for generation, piece in shares:
+            token_ids += generation.sequence.next_input(piece)
+            first = generation.kv.num_tokens
+            position_ids += range(first, first + piece)
+            last.append(len(token_ids) - 1)
+        rows = Rows([(generation.kv, piece) for generation, piece in shares])
+        logits = forward(self._loaded.model, token_ids, position_ids, rows, last)
+        for generation, piece in shares:
+            generation.kv.advance(piece)
         return logits
 
-    def _drop_cancelled(self) -> None:
-        for generation in [each for each in self._generations if each.is_cancelled]:
-            self._generations.remove(generation)
-            generation.release(None)
+    def _drop_ended(self) -> None:
+        """Let go of those that were cancelled, and of answers that had ended when they came."""
+        ended = [each for each in self._generations if each.is_cancelled or each.is_finished]
+        self._release([(generation, None) for generation in ended])
 
-    def _release(self, generation: Generation, error: BaseException | None) -> None:
+    def _release(self, ended: Sequence[tuple[Generation, Exception | None]]) -> None:
+        if not ended:
+            return
+        gone = {id(generation) for generation, _ in ended}
         with self._changed:
-            self._generations.remove(generation)
-        generation.release(error)
+            self._generations = [each for each in self._generations if id(each) not in gone]
+        self._on_loop([generation.released(error) for generation, error in ended])
 
     def _release_all(self) -> None:
         with self._changed:
             self._is_running = False
-            generations = list(self._generations)
-            self._generations.clear()
-        for generation in generations:
-            generation.release(_not_running())
+            left = list(self._generations)
+        self._release([(generation, _not_running()) for generation in left])
+
+    def _on_loop(self, calls: Sequence[Callable[[], None]]) -> None:
+        """Run calls on the event loop, which is woken up once for all of them."""
+        if calls:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(_call_all, calls)
 
 
-class Slot:
-    """A place in the engine for one sequence.
-
-    Attributes:
-        generation: What was started in it, if anything was.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.generation: Generation | None = None
-        self._engine = engine
-
-    def start(self, task: DecodeTask) -> Generation:
-        """Begin to generate; once.
-
-        Raises:
-            UnavailableError: The engine has failed or was stopped.
-        """
-        self.generation = self._engine.submit(task)
-        return self.generation
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _not_running() -> UnavailableError:

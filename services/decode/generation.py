@@ -7,45 +7,50 @@ who falls behind stops his own sequence, and nobody else's.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from chunkserve.v1 import types_pb2
 from services.decode.sequence import DecodeSequence
+from services.decode.sequence_kv import SequenceKV
 
 
 class Generation:
     """One answer as the request sees it: an async iterator over its deltas, to be read once.
 
     Tokens that wait for the reader come as one delta. The iteration ends when the answer does, and
-    raises what ended it early. After it, ``sequence`` is the reader's: no thread touches it.
+    raises what ended it early. After it, ``sequence`` and ``kv`` are the reader's: no thread
+    touches them.
 
     Args:
         sequence: The engine's state of the answer.
+        kv: The KV that it extends.
         capacity: Tokens that may wait for the reader.
-        loop: Where the reader is.
-        notify: Wakes the engine up; callable from the loop.
+        notify: Wakes the engine up; callable from the event loop.
+        on_released: Called on the event loop when the engine has let go.
     """
 
     def __init__(
         self,
         sequence: DecodeSequence,
+        kv: SequenceKV,
         *,
         capacity: int,
-        loop: asyncio.AbstractEventLoop,
         notify: Callable[[], None],
+        on_released: Callable[[], None],
     ) -> None:
         self.sequence = sequence
+        self.kv = kv
         self.is_cancelled = False
         self._capacity = capacity
-        self._loop = loop
         self._notify = notify
-        self._on_release: Callable[[], None] | None = None
+        self._on_released = on_released
         self._waiting: deque[types_pb2.TokenDelta] = deque()
         self._changed = asyncio.Event()
         self._is_released = False
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
 
     # On the event loop.
 
@@ -62,16 +67,8 @@ class Generation:
         if self._error is not None:
             raise self._error
 
-    def cancel(self, on_release: Callable[[], None]) -> None:
-        """Ask the engine to let go of the sequence; it does before its next step.
-
-        Args:
-            on_release: Called once it has let go, at once if it has already.
-        """
-        if self._is_released:
-            on_release()
-            return
-        self._on_release = on_release
+    def cancel(self) -> None:
+        """Ask the engine to let go of the sequence; it does before its next step. Idempotent."""
         self.is_cancelled = True
         self._notify()
 
@@ -81,15 +78,11 @@ class Generation:
         self._notify()
         return deltas
 
-    def _wake_reader(self) -> None:
-        self._changed.set()
-
-    def _mark_released(self, error: BaseException | None) -> None:
+    def _mark_released(self, error: Exception | None) -> None:
         self._error = error
         self._is_released = True
         self._changed.set()
-        if self._on_release is not None:
-            self._on_release()
+        self._on_released()
 
     # On the engine's thread.
 
@@ -98,23 +91,37 @@ class Generation:
         """Whether one more delta may be put."""
         return len(self._waiting) < self._capacity
 
-    def put(self, delta: types_pb2.TokenDelta) -> None:
-        """Hand a delta to the reader."""
-        self._waiting.append(delta)
-        self._loop.call_soon_threadsafe(self._wake_reader)
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to generate."""
+        return self.sequence.is_finished
 
-    def release(self, error: BaseException | None) -> None:
+    def put(self, delta: types_pb2.TokenDelta) -> Callable[[], None]:
+        """Hand a delta to the reader.
+
+        Returns:
+            What wakes the reader up, to be called on the event loop.
+        """
+        self._waiting.append(delta)
+        return self._changed.set
+
+    def released(self, error: Exception | None) -> Callable[[], None]:
         """Let go of the sequence for good.
 
         Args:
             error: What ended it early.
+
+        Returns:
+            What tells the reader, to be called on the event loop.
         """
-        self._loop.call_soon_threadsafe(self._mark_released, error)
+        return functools.partial(self._mark_released, error)
 
 
 def merge(deltas: Iterable[types_pb2.TokenDelta]) -> types_pb2.TokenDelta:
     """Return deltas that follow one another as one."""
     deltas = list(deltas)
+    if len(deltas) == 1:
+        return deltas[0]
     return types_pb2.TokenDelta(
         text="".join(delta.text for delta in deltas),
         token_ids=list(itertools.chain.from_iterable(delta.token_ids for delta in deltas)),
