@@ -126,4 +126,5 @@ def merge(deltas: Iterable[types_pb2.TokenDelta]) -> types_pb2.TokenDelta:
         text="".join(delta.text for delta in deltas),
         token_ids=list(itertools.chain.from_iterable(delta.token_ids for delta in deltas)),
         first_token_index=deltas[0].first_token_index,
+        logprobs=list(itertools.chain.from_iterable(delta.logprobs for delta in deltas)),
     )

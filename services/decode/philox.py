@@ -54,11 +54,34 @@ def uniforms(count: int, *, seed: int, position: int, device: torch.device) -> t
     Returns:
         ``(count,)`` float64, never exactly 0 or 1.
     """
-    counters = torch.zeros((count + 3) // 4, 4, dtype=torch.int64, device=device)
-    counters[:, 0] = torch.arange(counters.shape[0], device=device)
+    blocks = torch.arange((count + 3) // 4, device=device)
+    return _to_uniforms(_words(blocks, seed, position).flatten()[:count])
+
+
+def uniforms_at(indices: torch.Tensor, *, seed: int, position: int) -> torch.Tensor:
+    """Return some of the numbers that :func:`uniforms` would, at the cost of as many counters.
+
+    Args:
+        indices: ``(num_indices,)`` int64, each in ``[0, 2**34)``.
+        seed: Any 64-bit integer.
+        position: In ``[0, 2**32)``.
+
+    Returns:
+        ``(num_indices,)`` float64.
+    """
+    words = _words(indices // 4, seed, position)
+    return _to_uniforms(words.gather(1, (indices % 4).unsqueeze(-1)).squeeze(-1))
+
+
+def _words(blocks: torch.Tensor, seed: int, position: int) -> torch.Tensor:
+    counters = torch.zeros(blocks.shape[0], 4, dtype=torch.int64, device=blocks.device)
+    counters[:, 0] = blocks
     counters[:, 1] = position
-    words = philox4x32(counters, seed).flatten()[:count]
-    return (words.double() + 0.5) * 2.0**-32
+    return philox4x32(counters, seed)
+
+
+def _to_uniforms(words: torch.Tensor) -> torch.Tensor:
+    return words.double().add_(0.5).mul_(2.0**-32)
 
 
 def _multiply(words: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:

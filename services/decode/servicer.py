@@ -62,7 +62,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         started_at = time.perf_counter()
         manifest = request.manifest
         sampling = SamplingSettings.from_proto(request.sampling, seed=secrets.randbits(63))
-        self._check(manifest, sampling)
+        num_resumed = request.num_resumed_tokens
+        self._check(manifest, sampling, num_resumed)
 
         async with self._engine.slot() as slot:
             opened = await self._open(manifest)
@@ -70,10 +71,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
             generation = slot.start(
                 DecodeTask(
-                    cache=opened.cache,
+                    first_position=opened.cache.get_seq_length(),
                     pending_token_ids=manifest.token_ids[opened.cache.get_seq_length() :],
                     sampling=sampling,
-                    max_tokens=self._max_tokens(manifest, sampling),
+                    max_tokens=self._max_tokens(manifest, sampling, num_resumed),
+                    num_resumed_tokens=num_resumed,
+                    prompt_token_ids=manifest.token_ids,
+                    cache=opened.cache,
                 )
             )
             async for delta in generation:
@@ -93,7 +97,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
         yield decode_pb2.DecodeResponse(finish=finish)
 
-    def _check(self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings) -> None:
+    def _check(
+        self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings, num_resumed: int
+    ) -> None:
         fingerprint = self._loaded.fingerprint
         if manifest.model_fingerprint not in ("", fingerprint):
             raise MismatchError(
@@ -106,15 +112,29 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 f"{num_covered} of {num_tokens} tokens are in segments; leave at least one pending",
                 field="manifest.token_ids",
             )
-        if num_tokens >= self._loaded.max_model_len:
+        if not 0 <= num_resumed < num_tokens - num_covered:
             raise InvalidRequestError(
-                f"the conversation has {num_tokens} tokens and the model's context "
+                f"num_resumed_tokens is {num_resumed} and {num_tokens - num_covered} tokens are "
+                "pending; send 0 or more, and at least one pending token before them",
+                field="num_resumed_tokens",
+            )
+        if num_tokens - num_resumed >= self._loaded.max_model_len:
+            raise InvalidRequestError(
+                f"the conversation has {num_tokens - num_resumed} tokens and the model's context "
                 f"{self._loaded.max_model_len}; there is no room for an answer",
                 reason="CONTEXT_FULL",
                 field="manifest.token_ids",
             )
+        max_tokens = self._max_tokens(manifest, sampling, num_resumed)
+        if num_resumed > max_tokens:
+            raise InvalidRequestError(
+                f"num_resumed_tokens is {num_resumed} and the answer has at most {max_tokens} "
+                "tokens; send no more",
+                field="num_resumed_tokens",
+            )
         self._check_token_ids(manifest.token_ids[num_covered:], "manifest.token_ids")
         self._check_token_ids(sorted(sampling.stop_token_ids), "sampling.stop_token_ids")
+        self._check_token_ids(sorted(sampling.logit_bias), "sampling.logit_bias")
 
     def _check_token_ids(self, token_ids: Any, field: str) -> None:
         vocab_size = self._loaded.model.config.get_text_config().vocab_size
@@ -125,8 +145,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     f"{field} has {token_id}; send 0 to {vocab_size - 1}", field=field
                 )
 
-    def _max_tokens(self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings) -> int:
-        room = self._loaded.max_model_len - len(manifest.token_ids)
+    def _max_tokens(
+        self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings, num_resumed: int
+    ) -> int:
+        room = self._loaded.max_model_len - (len(manifest.token_ids) - num_resumed)
         return min(sampling.max_tokens or self._max_output_tokens, room)
 
     async def _open(self, manifest: manifest_pb2.Manifest) -> OpenedCache:
@@ -153,7 +175,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             NotFoundError: The session, or one of its segments, is gone.
             UnavailableError, OverloadedError: The store is away, or full.
         """
-        manifest.token_ids.extend(sequence.token_ids)
+        manifest.token_ids.extend(sequence.new_token_ids)
         if not manifest.session_id:
             return
         ttl_s = manifest.ttl.ToTimedelta().total_seconds()
