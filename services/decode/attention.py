@@ -172,7 +172,7 @@ def _attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     read = chunkserve_reader.attend(
         layer,
-        query[0].unflatten(0, (num_kv_heads, -1)).permute(2, 0, 1, 3),
+        query[0].view(num_kv_heads, -1, *query.shape[2:]).permute(2, 0, 1, 3),
         key[0],
         value[0],
         softcap=softcap,

@@ -23,11 +23,13 @@ class DecodeSettings(ServiceSettings):
         decode_port: Its port; 0: a free one. Any other allows one worker per machine.
         advertise_host: Host that the gateway reaches a worker by; empty: the address of the machine
             that the worker is on.
-        num_slots: Answers that a worker generates at once.
-        queue_size: Requests that wait for a slot at most.
+        kv_bytes: Memory for KV, per worker: of running answers, and of finished turns for as long
+            as there is room. Committed by the operating system as it is used.
+        num_slots: Answers that a worker generates at once at most.
+        queue_size: Requests that wait for a slot, or for memory, at most.
         prefill_chunk_tokens: Pending tokens in one forward pass at most.
+        max_stall_ms: Milliseconds by which pending tokens may lengthen a step of running streams.
         max_output_tokens: Most tokens of an answer where the request names no number.
-        resident_bytes: Memory for KV caches of finished turns, per worker.
         replica_num_cpus: CPUs that Ray sets aside for a worker. The model's threads are not
             bound to them.
         replica_num_gpus: GPUs that Ray gives to a worker.
@@ -46,11 +48,12 @@ class DecodeSettings(ServiceSettings):
     decode_host: str = "127.0.0.1"
     decode_port: int = Field(default=0, ge=0, le=65535)
     advertise_host: str = "127.0.0.1"
-    num_slots: int = Field(default=8, ge=1)
-    queue_size: int = Field(default=32, ge=0)
-    prefill_chunk_tokens: int = Field(default=512, ge=1)
+    kv_bytes: int = Field(default=4 << 30, ge=1)
+    num_slots: int = Field(default=32, ge=1)
+    queue_size: int = Field(default=64, ge=0)
+    prefill_chunk_tokens: int = Field(default=256, ge=1, le=256)
+    max_stall_ms: float = Field(default=50, gt=0, allow_inf_nan=False)
     max_output_tokens: int = Field(default=1024, ge=1)
-    resident_bytes: int = Field(default=1 << 30, ge=0)
     replica_num_cpus: float = Field(default=1, ge=0)
     replica_num_gpus: float = Field(default=0, ge=0)
     ray_num_cpus: int = Field(default=0, ge=0)

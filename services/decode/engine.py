@@ -152,10 +152,9 @@ class Engine:
         return []
 
     def _share(self, ready: Iterable[Generation]) -> list[_Share]:
-        streams, catching_up = [], []
-        for generation in ready:
-            is_stream = generation.sequence.num_pending == 1
-            (streams if is_stream else catching_up).append(generation)
+        ready = list(ready)
+        streams = [each for each in ready if each.sequence.num_pending == 1]
+        catching_up = [each for each in ready if each.sequence.num_pending > 1]
         shares = [(generation, 1) for generation in streams]
         left = self._pace.known_tokens(num_streams=len(streams))
         for generation in catching_up:

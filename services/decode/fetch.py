@@ -1,4 +1,4 @@
-"""Puts a conversation's KV in place: found in memory, or fetched from the store straight into it."""
+"""Puts a conversation's KV in place: found in memory, or fetched straight into it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class KVFetcher:
         memory = pool.view(block, block.size_bytes)
         if memory.device.type == "cpu":
             return receive_segment(
-                self._store, segment_id, memoryview(memory.numpy()), fingerprint=self._fingerprint
+                self._store, segment_id, memory.numpy().data, fingerprint=self._fingerprint
             )
         with self._staging.lend(block.size_bytes) as staged:
             span = receive_segment(self._store, segment_id, staged, fingerprint=self._fingerprint)

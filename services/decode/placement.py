@@ -183,9 +183,7 @@ class KVMemory:
     def _num_waiting(self) -> int:
         return sum(not waiting.admitted.cancelled() for waiting in self._waiting)
 
-    async def _admit(
-        self, segments: Sequence[session_pb2.Segment], new_tokens: int
-    ) -> Placement:
+    async def _admit(self, segments: Sequence[session_pb2.Segment], new_tokens: int) -> Placement:
         self._check_size(segments, new_tokens)
         if not self._waiting and (placement := self._try(segments, new_tokens)) is not None:
             return placement
@@ -229,9 +227,7 @@ class KVMemory:
                 field="sampling.max_tokens",
             )
 
-    def _try(
-        self, segments: Sequence[session_pb2.Segment], new_tokens: int
-    ) -> Placement | None:
+    def _try(self, segments: Sequence[session_pb2.Segment], new_tokens: int) -> Placement | None:
         """Place a sequence now, giving up unused segments if needed; ``None``: there is no room."""
         if self._num_placed >= self.num_slots:
             return None

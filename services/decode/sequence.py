@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import chunkkv
 from chunkserve.v1 import types_pb2
 from services.decode.detokenizer import Detokenizer
 from services.decode.logprobs import token_logprob
@@ -36,7 +35,6 @@ class DecodeTask:
             another worker streamed them; fewer than are pending.
         prompt_token_ids: The conversation before the answer; it may go on into it. Looked at only
             with a repetition penalty.
-        cache: KV of the tokens before ``first_position``. The engine extends it.
     """
 
     first_position: int
@@ -45,14 +43,12 @@ class DecodeTask:
     max_tokens: int
     num_resumed_tokens: int = 0
     prompt_token_ids: Sequence[int] = ()
-    cache: chunkkv.KVCache
 
 
 class DecodeSequence:
     """The state of one answer.
 
     Attributes:
-        cache: KV of all tokens but those that :meth:`next_input` has yet to return.
         token_ids: The answer so far, resumed tokens included.
         finish_reason: Why it ended; ``FINISH_REASON_UNSPECIFIED`` while it has not. A resumed
             answer may have ended before the first step, with its last word lost on the way.
@@ -70,7 +66,6 @@ class DecodeSequence:
     """
 
     def __init__(self, task: DecodeTask, *, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
-        self.cache = task.cache
         self.token_ids: list[int] = []
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
         self.first_token_at = self.last_token_at = time.perf_counter()
@@ -102,6 +97,11 @@ class DecodeSequence:
     def new_token_ids(self) -> list[int]:
         """The tokens that were generated here."""
         return self.token_ids[self._num_resumed :]
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that :meth:`next_input` has yet to return."""
+        return len(self._pending)
 
     def next_input(self, max_tokens: int) -> list[int]:
         """Return the tokens that the model must see next, at least one.

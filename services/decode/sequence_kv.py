@@ -235,9 +235,7 @@ class SequenceKV:
             slab[:, :kept] = slab[:, length - kept : length].clone()
         return kept
 
-    def _runs_of(
-        self, layer: int
-    ) -> list[tuple[slice, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    def _runs_of(self, layer: int) -> list[tuple[slice, list[tuple[torch.Tensor, torch.Tensor]]]]:
         """Return the spans' keys and values for neighbouring heads that keep equally many."""
         num_heads = self._geometry.layers[layer].num_kv_heads
         if self._geometry.layers[layer].window is not None or not self._spans:

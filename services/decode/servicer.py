@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+import torch
 
-from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, types_pb2
-from services.compress.memory import ReceivePool
+import chunkkv
+from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, session_pb2, types_pb2
 from services.compress.segments import covered_tokens, store_segment
 from services.decode.engine import Engine
-from services.decode.kvcache import OpenedCache, open_cache
-from services.decode.residency import ResidentSessions
+from services.decode.fetch import KVFetcher, OpenedKV
+from services.decode.generation import Generation
+from services.decode.placement import KVMemory, Placement
 from services.decode.sampling import SamplingSettings
 from services.decode.sequence import DecodeSequence, DecodeTask
+from services.decode.sequence_kv import SequenceKV
 from services.models.loader import LoadedModel
 from services.runtime.errors import InvalidRequestError, MismatchError
 from services.runtime.telemetry import add_request_fields
@@ -31,7 +33,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         loaded: The model.
         engine: Runs it; started.
         store: Where segments and manifests are.
-        resident: Caches of earlier turns.
+        memory: Where KV goes.
+        fetcher: Brings it there.
         worker_id: This worker's name.
         max_output_tokens: Most tokens of an answer where the request names no number.
     """
@@ -41,7 +44,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         loaded: LoadedModel,
         engine: Engine,
         store: Store,
-        resident: ResidentSessions,
+        memory: KVMemory,
+        fetcher: KVFetcher,
         *,
         worker_id: str,
         max_output_tokens: int,
@@ -49,10 +53,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._loaded = loaded
         self._engine = engine
         self._store = store
-        self._resident = resident
+        self._memory = memory
+        self._fetcher = fetcher
         self._worker_id = worker_id
         self._max_output_tokens = max_output_tokens
-        self._receive_pool = ReceivePool()
 
     async def Decode(
         self,
@@ -64,27 +68,35 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sampling = SamplingSettings.from_proto(request.sampling, seed=secrets.randbits(63))
         num_resumed = request.num_resumed_tokens
         self._check(manifest, sampling, num_resumed)
+        max_tokens = self._max_tokens(manifest, sampling, num_resumed)
+        num_pending = len(manifest.token_ids) - covered_tokens(manifest)
 
-        async with self._engine.slot() as slot:
-            opened = await self._open(manifest)
+        async with self._memory.placed(
+            manifest.segments, new_tokens=num_pending + max_tokens - num_resumed
+        ) as placement:
+            opened = await self._fetcher.open(manifest, placement)
             yield decode_pb2.DecodeResponse(started=self._describe(opened))
 
-            generation = slot.start(
+            generation = self._start(
                 DecodeTask(
-                    first_position=opened.cache.get_seq_length(),
-                    pending_token_ids=manifest.token_ids[opened.cache.get_seq_length() :],
+                    first_position=opened.kv.num_tokens,
+                    pending_token_ids=manifest.token_ids[opened.kv.num_tokens :],
                     sampling=sampling,
-                    max_tokens=self._max_tokens(manifest, sampling, num_resumed),
+                    max_tokens=max_tokens,
                     num_resumed_tokens=num_resumed,
                     prompt_token_ids=manifest.token_ids,
-                    cache=opened.cache,
-                )
+                ),
+                opened.kv,
+                placement,
             )
-            async for delta in generation:
-                yield decode_pb2.DecodeResponse(delta=delta)
+            try:
+                async for delta in generation:
+                    yield decode_pb2.DecodeResponse(delta=delta)
+            finally:
+                generation.cancel()
 
             commit_started_at = time.perf_counter()
-            await self._commit(manifest, generation.sequence)
+            await self._commit(manifest, generation, placement)
             commit_ms = _milliseconds(commit_started_at, time.perf_counter())
 
         finish = _finish(manifest, generation.sequence, sampling, started_at, commit_ms)
@@ -96,6 +108,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             decode_ms=round(finish.decode_ms, 3),
         )
         yield decode_pb2.DecodeResponse(finish=finish)
+
+    def _start(self, task: DecodeTask, kv: SequenceKV, placement: Placement) -> Generation:
+        generation = self._engine.submit(task, kv, on_released=placement.give_back)
+        placement.lend()
+        return generation
 
     def _check(
         self, manifest: manifest_pb2.Manifest, sampling: SamplingSettings, num_resumed: int
@@ -151,22 +168,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         room = self._loaded.max_model_len - (len(manifest.token_ids) - num_resumed)
         return min(sampling.max_tokens or self._max_output_tokens, room)
 
-    async def _open(self, manifest: manifest_pb2.Manifest) -> OpenedCache:
-        resident = self._resident.take(manifest) if manifest.session_id else None
-        return await asyncio.to_thread(
-            open_cache, self._store, self._loaded, manifest, resident, pool=self._receive_pool
-        )
-
-    def _describe(self, opened: OpenedCache) -> decode_pb2.DecodeStarted:
+    def _describe(self, opened: OpenedKV) -> decode_pb2.DecodeStarted:
         return decode_pb2.DecodeStarted(
             worker_id=self._worker_id,
             fetched_bytes=opened.fetched_bytes,
             fetch_ms=opened.fetch_ms,
-            num_kept_tokens=opened.cache.num_kept_tokens,
+            num_kept_tokens=opened.kv.num_kept_tokens,
         )
 
-    async def _commit(self, manifest: manifest_pb2.Manifest, sequence: DecodeSequence) -> None:
-        """Add the answer to the manifest, store its KV, and commit; keep the cache.
+    async def _commit(
+        self, manifest: manifest_pb2.Manifest, generation: Generation, placement: Placement
+    ) -> None:
+        """Add the answer to the manifest, store its KV, and commit; keep the KV in memory.
 
         Nothing is kept of a one-off request.
 
@@ -175,17 +188,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             NotFoundError: The session, or one of its segments, is gone.
             UnavailableError, OverloadedError: The store is away, or full.
         """
-        manifest.token_ids.extend(sequence.new_token_ids)
+        manifest.token_ids.extend(generation.sequence.new_token_ids)
         if not manifest.session_id:
             return
         ttl_s = manifest.ttl.ToTimedelta().total_seconds()
-        tail = sequence.cache.take_tail
-        kv = await asyncio.to_thread(
-            tail, covered_tokens(manifest), fingerprint=self._loaded.fingerprint
-        )
-        segment = await asyncio.to_thread(store_segment, self._store, kv, manifest, ttl_s=ttl_s)
+        sealed = await placement.in_thread(self._seal, generation.kv, manifest, ttl_s)
+        if sealed is not None:
+            span, segment = sealed
+            manifest.segments.append(segment)
         expected_version = manifest.version
-        manifest.segments.append(segment)
         manifest.version += 1
         manifest.model_fingerprint = self._loaded.fingerprint
         manifest.num_turns += 1
@@ -199,7 +210,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             ttl_s=ttl_s,
             segment_ids=[segment.segment_id for segment in manifest.segments],
         )
-        self._resident.put(manifest, sequence.cache)
+        if sealed is not None:
+            self._memory.publish(placement, segment.segment_id, placement.tail, span)
+
+    def _seal(
+        self, kv: SequenceKV, manifest: manifest_pb2.Manifest, ttl_s: float
+    ) -> tuple[chunkkv.CompressedKV, session_pb2.Segment] | None:
+        """Store what the turn added, if it added anything. Blocks."""
+        with torch.inference_mode():
+            span = kv.seal(fingerprint=self._loaded.fingerprint)
+        if span is None:
+            return None
+        return span, store_segment(self._store, span, manifest, ttl_s=ttl_s)
 
 
 def _finish(

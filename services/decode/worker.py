@@ -9,9 +9,12 @@ import os
 import torch
 
 from chunkserve.v1 import decode_pb2, decode_pb2_grpc
+from services.decode.attention import kv_geometry, use_sequences
 from services.decode.config import DecodeSettings
 from services.decode.engine import Engine
-from services.decode.residency import ResidentSessions
+from services.decode.fetch import KVFetcher
+from services.decode.memory import KVPool
+from services.decode.placement import KVMemory
 from services.decode.servicer import DecodeServicer
 from services.models.loader import LoadedModel, load_model
 from services.runtime.address import own_address
@@ -39,12 +42,18 @@ class DecodeWorker:
         self, loaded: LoadedModel, store: Store, settings: DecodeSettings, *, worker_id: str
     ) -> None:
         self.worker_id = worker_id
-        self.resident = ResidentSessions(settings.resident_bytes)
-        self.engine = Engine(
-            loaded,
+        use_sequences(loaded.model)
+        geometry = kv_geometry(loaded.model)
+        self.memory = KVMemory(
+            KVPool(settings.kv_bytes, device=loaded.device),
+            geometry,
             num_slots=settings.num_slots,
             queue_size=settings.queue_size,
+        )
+        self.engine = Engine(
+            loaded,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
+            max_stall_ms=settings.max_stall_ms,
         )
         self._loaded = loaded
         self._store = store
@@ -53,7 +62,8 @@ class DecodeWorker:
             loaded,
             self.engine,
             store,
-            self.resident,
+            self.memory,
+            KVFetcher(store, self.memory, geometry, fingerprint=loaded.fingerprint),
             worker_id=worker_id,
             max_output_tokens=settings.max_output_tokens,
         )
@@ -123,8 +133,8 @@ class DecodeWorker:
             model=self._loaded.name,
             fingerprint=self._loaded.fingerprint,
             max_model_len=self._loaded.max_model_len,
-            num_active=self.engine.num_active,
-            num_slots=self.engine.num_slots,
+            num_active=self.memory.num_active,
+            num_slots=self.memory.num_slots,
         )
 
 
