@@ -20,7 +20,8 @@ from services.decode.attention import Rows, forward
 from services.decode.generation import Generation
 from services.decode.pacing import Pace
 from services.decode.sequence import DecodeSequence, DecodeTask
-from services.decode.sequence_kv import MAX_NEW_TOKENS, SequenceKV
+from services.decode.sequence_kv import SequenceKV
+from services.decode.tail import MAX_NEW_TOKENS
 from services.models.loader import LoadedModel
 from services.runtime.errors import UnavailableError
 from services.runtime.telemetry import get_logger
@@ -158,7 +159,7 @@ class Engine:
         shares = [(generation, 1) for generation in streams]
         left = self._pace.known_tokens(num_streams=len(streams))
         for generation in catching_up:
-            piece = min(generation.sequence.num_pending, left)
+            piece = min(generation.sequence.num_pending, generation.kv.max_new_tokens, left)
             if piece == 0:
                 break
             shares.append((generation, piece))
@@ -167,6 +168,9 @@ class Engine:
 
     def _step(self, shares: Sequence[_Share]) -> None:
         started = time.perf_counter()
+        shares = self._with_room(shares)
+        if not shares:
+            return
         try:
             logits = self._forward(shares)
         except torch.AcceleratorError:
@@ -194,6 +198,20 @@ class Engine:
             num_streams=sum(piece == 1 for _, piece in shares),
             num_known_tokens=num_known,
         )
+
+    def _with_room(self, shares: Sequence[_Share]) -> list[_Share]:
+        """Compress the KV of sequences that have come to their limit; those that fail leave."""
+        ready: list[_Share] = []
+        for generation, piece in shares:
+            try:
+                generation.kv.make_room(piece)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._release([(generation, error)])
+            else:
+                ready.append((generation, piece))
+        return ready
 
     def _forward(self, shares: Sequence[_Share]) -> torch.Tensor:
         """Return the logits behind each share's last token ``(len(shares), vocab_size)``."""

@@ -106,5 +106,6 @@ class KVFetcher:
                 self._geometry,
                 [spans[segment.segment_id] for segment in manifest.segments],
                 self._memory.pool.view(placement.tail, placement.tail.size_bytes),
-                tail_tokens=placement.tail_tokens,
+                capacity=placement.tail_tokens,
+                limit=placement.limit,
             )

@@ -44,7 +44,7 @@ class KVGeometry:
 
     def span_shape(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[Sequence[int]],
         *,
         has_own_lists: bool = False,
         first_token: int = 0,
@@ -55,23 +55,20 @@ class KVGeometry:
         """Return the shape of a span without scores.
 
         Args:
-            lengths: Tokens that each KV head of each layer holds.
-            has_own_lists: Each KV head of each layer has positions of its own; else layers of
-                equal length share a list.
+            lengths: For each layer, tokens that each KV head holds.
+            has_own_lists: Each KV head of each layer has positions of its own; else the heads of a
+                layer share a list, and so do layers of equal length.
             first_token: Position of the span's first token.
             num_tokens: Tokens of the span, held or not.
             fingerprint: Of the model.
             policy: What the tokens were chosen by.
         """
         if has_own_lists:
-            index_lengths = [
-                length * layer.num_kv_heads
-                for length, layer in zip(lengths, self.layers, strict=True)
-            ]
+            index_lengths = [sum(heads) for heads in lengths]
             lists = list(range(len(lengths)))
         else:
-            index_lengths = sorted(set(lengths))
-            lists = [index_lengths.index(length) for length in lengths]
+            index_lengths = sorted({heads[0] for heads in lengths})
+            lists = [index_lengths.index(heads[0]) for heads in lengths]
         return chunkkv.SpanShape(
             fingerprint=fingerprint,
             policy=policy,
@@ -80,13 +77,13 @@ class KVGeometry:
             dtype=self.dtype,
             layers=tuple(
                 chunkkv.LayerShape(
-                    lengths=(length,) * layer.num_kv_heads,
+                    lengths=tuple(heads),
                     key_dim=layer.key_dim,
                     value_dim=layer.value_dim,
                     index_list=which,
                     is_sliding=layer.window is not None,
                 )
-                for layer, length, which in zip(self.layers, lengths, lists, strict=True)
+                for layer, heads, which in zip(self.layers, lengths, lists, strict=True)
             ),
             index_lengths=tuple(index_lengths),
             has_scores=False,

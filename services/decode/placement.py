@@ -19,8 +19,10 @@ from typing import Any
 import chunkkv
 from chunkserve.v1 import session_pb2
 from services.decode.geometry import KVGeometry
+from services.decode.limit import KVLimit
 from services.decode.memory import Block, KVPool, aligned
-from services.decode.sequence_kv import is_gathered, tail_size_bytes
+from services.decode.sequence_kv import tail_tokens
+from services.decode.tail import tail_size_bytes
 from services.runtime.errors import InvalidRequestError, OverloadedError
 
 
@@ -48,12 +50,14 @@ class Placement:
         missing: Segments that are to be fetched, and where to.
         tail: Where new tokens go.
         tail_tokens: How many tokens fit there, small segments included.
+        limit: Bounds the KV.
     """
 
     spans: dict[str, chunkkv.CompressedKV]
     missing: list[tuple[session_pb2.Segment, Block]]
     tail: Block
     tail_tokens: int
+    limit: KVLimit | None
     _held: list[str]
     _own: list[Block]
     _on_unused: Callable[[Placement], None]
@@ -85,10 +89,21 @@ class Placement:
         self.give_back()
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
+@dataclass(frozen=True, slots=True)
+class _Request:
     segments: Sequence[session_pb2.Segment]
     new_tokens: int
+    limit: KVLimit | None
+
+    @property
+    def tail_tokens(self) -> int:
+        kept = [segment.num_kept_tokens for segment in self.segments]
+        return tail_tokens(kept, new_tokens=self.new_tokens, limit=self.limit)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    request: _Request
     admitted: asyncio.Future[Placement]
 
 
@@ -143,19 +158,24 @@ class KVMemory:
 
     @asynccontextmanager
     async def placed(
-        self, segments: Sequence[session_pb2.Segment], *, new_tokens: int
+        self,
+        segments: Sequence[session_pb2.Segment],
+        *,
+        new_tokens: int,
+        limit: KVLimit | None = None,
     ) -> AsyncIterator[Placement]:
         """Hold memory for a sequence inside the block; and until no thread uses it any more.
 
         Args:
             segments: That the sequence begins with, in order.
             new_tokens: Tokens that the model will see at most.
+            limit: Bounds the KV.
 
         Raises:
             InvalidRequestError: It would not fit if it were alone.
             OverloadedError: The memory is taken and the queue is full.
         """
-        placement = await self._admit(segments, new_tokens)
+        placement = await self._admit(_Request(segments, new_tokens, limit))
         try:
             yield placement
         finally:
@@ -183,9 +203,9 @@ class KVMemory:
     def _num_waiting(self) -> int:
         return sum(not waiting.admitted.cancelled() for waiting in self._waiting)
 
-    async def _admit(self, segments: Sequence[session_pb2.Segment], new_tokens: int) -> Placement:
-        self._check_size(segments, new_tokens)
-        if not self._waiting and (placement := self._try(segments, new_tokens)) is not None:
+    async def _admit(self, request: _Request) -> Placement:
+        self._check_size(request)
+        if not self._waiting and (placement := self._try(request)) is not None:
             return placement
         if self._num_waiting >= self._queue_size:
             raise OverloadedError(
@@ -194,7 +214,7 @@ class KVMemory:
                 "again later",
                 retry_after_s=self._retry_after_s,
             )
-        waiting = _Waiting(segments, new_tokens, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         try:
             return await waiting.admitted
@@ -211,30 +231,30 @@ class KVMemory:
             if first.admitted.cancelled():
                 self._waiting.popleft()
                 continue
-            if (placement := self._try(first.segments, first.new_tokens)) is None:
+            if (placement := self._try(first.request)) is None:
                 return
             self._waiting.popleft()
             first.admitted.set_result(placement)
 
-    def _check_size(self, segments: Sequence[session_pb2.Segment], new_tokens: int) -> None:
-        needed = aligned(tail_size_bytes(self._geometry, _tail_tokens(segments, new_tokens)))
-        needed += sum(aligned(segment.size_bytes) for segment in segments)
+    def _check_size(self, request: _Request) -> None:
+        needed = aligned(tail_size_bytes(self._geometry, request.tail_tokens))
+        needed += sum(aligned(segment.size_bytes) for segment in request.segments)
         if needed > self.pool.size_bytes:
             raise InvalidRequestError(
-                f"the conversation's KV and {new_tokens} new tokens take {needed} bytes; a worker "
-                f"has {self.pool.size_bytes}. Send a smaller max_tokens, or compress more",
+                f"the conversation's KV and {request.new_tokens} new tokens take {needed} bytes; a "
+                f"worker has {self.pool.size_bytes}. Send a smaller max_tokens, or compress more",
                 reason="KV_TOO_LARGE",
                 field="sampling.max_tokens",
             )
 
-    def _try(self, segments: Sequence[session_pb2.Segment], new_tokens: int) -> Placement | None:
+    def _try(self, request: _Request) -> Placement | None:
         """Place a sequence now, giving up unused segments if needed; ``None``: there is no room."""
         if self._num_placed >= self.num_slots:
             return None
-        held = [s.segment_id for s in segments if s.segment_id in self._residents]
+        held = [s.segment_id for s in request.segments if s.segment_id in self._residents]
         for name in held:
             self._use(name)
-        placement = self._allocate(segments, held, new_tokens)
+        placement = self._allocate(request, held)
         if placement is None:
             for name in held:
                 self._residents[name].num_users -= 1
@@ -242,18 +262,15 @@ class KVMemory:
                 # Alone it fits; what it holds is in the way of what it needs.
                 while self._give_up_oldest():
                     pass
-                placement = self._allocate(segments, [], new_tokens)
+                placement = self._allocate(request, [])
         if placement is not None:
             self._num_placed += 1
         return placement
 
-    def _allocate(
-        self, segments: Sequence[session_pb2.Segment], held: list[str], new_tokens: int
-    ) -> Placement | None:
-        missing = [segment for segment in segments if segment.segment_id not in held]
-        tail_tokens = _tail_tokens(segments, new_tokens)
+    def _allocate(self, request: _Request, held: list[str]) -> Placement | None:
+        missing = [segment for segment in request.segments if segment.segment_id not in held]
         sizes = [segment.size_bytes for segment in missing]
-        sizes.append(tail_size_bytes(self._geometry, tail_tokens))
+        sizes.append(tail_size_bytes(self._geometry, request.tail_tokens))
         if sum(map(aligned, sizes)) > self.pool.free_bytes + self.resident_bytes:
             return None
         blocks: list[Block] = []
@@ -268,7 +285,8 @@ class KVMemory:
             spans={name: self._residents[name].span for name in held},
             missing=list(zip(missing, blocks[:-1], strict=True)),
             tail=blocks[-1],
-            tail_tokens=tail_tokens,
+            tail_tokens=request.tail_tokens,
+            limit=request.limit,
             _held=list(held),
             _own=list(blocks),
             _on_unused=self._end,
@@ -293,9 +311,3 @@ class KVMemory:
             self.pool.free(block)
         self._num_placed -= 1
         self._admit_waiting()
-
-
-def _tail_tokens(segments: Sequence[session_pb2.Segment], new_tokens: int) -> int:
-    return new_tokens + sum(
-        segment.num_kept_tokens for segment in segments if is_gathered(segment.num_kept_tokens)
-    )

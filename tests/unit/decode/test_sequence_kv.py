@@ -11,7 +11,8 @@ import torch
 import chunkkv
 from services.decode.attention import Rows, forward, kv_geometry, use_sequences
 from services.decode.geometry import KVGeometry
-from services.decode.sequence_kv import MAX_NEW_TOKENS, SequenceKV, tail_size_bytes
+from services.decode.sequence_kv import SequenceKV
+from services.decode.tail import MAX_NEW_TOKENS, tail_size_bytes
 from tests.models import FAMILIES, SLIDING_WINDOW, VOCAB_SIZE, tiny_model
 
 FINGERPRINT = "f" * 32
@@ -27,7 +28,7 @@ def new_kv(
 ) -> SequenceKV:
     gathered = sum(span.num_kept_tokens for span in spans)
     memory = torch.empty(tail_size_bytes(geometry, room + gathered), dtype=torch.uint8)
-    return SequenceKV(geometry, spans, memory, tail_tokens=room + gathered)
+    return SequenceKV(geometry, spans, memory, capacity=room + gathered)
 
 
 @torch.inference_mode()
