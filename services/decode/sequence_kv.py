@@ -80,6 +80,11 @@ class SequenceKV:
             self._add(span)
         self._num_span_tokens = self.num_tokens
         self._runs = [self._runs_of(layer) for layer in range(len(geometry.layers))]
+        # The tail was given room for all small spans; those that did not go into it count too.
+        self._capacity = capacity
+        if limit is not None:
+            held = sum(span.num_kept_tokens for span in self._spans)
+            self._capacity = min(capacity, limit.max_kv_tokens - held)
         self._queries = None if limit is None else RecentQueries(limit.policy.window_size)
 
     @property
@@ -92,7 +97,7 @@ class SequenceKV:
         """Tokens that one forward pass may add."""
         if self._limit is None:
             return MAX_NEW_TOKENS
-        return min(MAX_NEW_TOKENS, self._limit.step(self._tail.capacity - self._first_droppable))
+        return min(MAX_NEW_TOKENS, self._limit.step(self._capacity - self._first_droppable))
 
     def attend(
         self,
@@ -146,7 +151,7 @@ class SequenceKV:
             num_tokens: At most :attr:`max_new_tokens`.
         """
         tail = self._tail
-        if self._limit is None or tail.length + num_tokens <= tail.capacity:
+        if self._limit is None or tail.length + num_tokens <= self._capacity:
             return
         assert self._queries is not None  # a limit comes with them
         first = self._first_droppable
