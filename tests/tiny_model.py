@@ -8,10 +8,13 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chunkkv
+from services.decode.geometry import KVGeometry, LayerGeometry
 from services.models.loader import LoadedModel
 
 EOS_TOKEN_ID = 0
 MAX_MODEL_LEN = 256
+# Of the tiny Llama's KV.
+GEOMETRY = KVGeometry((LayerGeometry(num_kv_heads=2, key_dim=8, value_dim=8),) * 2, "float32")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -23,7 +26,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
-def tiny_llama(*, seed: int = 0, max_model_len: int = MAX_MODEL_LEN) -> LlamaForCausalLM:
+def tiny_llama(
+    *, seed: int = 0, max_model_len: int = MAX_MODEL_LEN, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """Return a Llama of 2 layers with 4 query and 2 KV heads, whose answers do not repeat much."""
     config = LlamaConfig(
         vocab_size=257,
@@ -40,12 +45,14 @@ def tiny_llama(*, seed: int = 0, max_model_len: int = MAX_MODEL_LEN) -> LlamaFor
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def load_tiny(*, seed: int = 0, max_model_len: int = MAX_MODEL_LEN) -> LoadedModel:
+def load_tiny(
+    *, seed: int = 0, max_model_len: int = MAX_MODEL_LEN, dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Return what ``load_model`` returns, of a tiny Llama."""
-    model = tiny_llama(seed=seed, max_model_len=max_model_len)
+    model = tiny_llama(seed=seed, max_model_len=max_model_len, dtype=dtype)
     return LoadedModel(
         name="tiny",
         model=model,
