@@ -46,9 +46,16 @@ def from_wire(
         return chunkkv.CompressionPolicy(**{budget: getattr(message, budget)}, **values)
 
 
-def to_wire(policy: chunkkv.CompressionPolicy) -> types_pb2.CompressionPolicy:
-    """Return a message with every field set."""
-    message = types_pb2.CompressionPolicy()
+def to_wire(
+    policy: chunkkv.CompressionPolicy, *, max_kv_tokens: int | None = None
+) -> types_pb2.CompressionPolicy:
+    """Return a message with every field of the policy set.
+
+    Args:
+        policy: What is kept of a prompt.
+        max_kv_tokens: Bound of the KV while an answer is generated, if there is one.
+    """
+    message = types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens)
     for name in _INTEGERS:
         setattr(message, name, getattr(policy, name))
     for name, names in _ENUMS.items():

@@ -37,14 +37,9 @@ class KVGeometry:
     layers: tuple[LayerGeometry, ...]
     dtype: str
 
-    @property
-    def max_window(self) -> int:
-        """Tokens of the widest sliding window; 0 if no layer slides."""
-        return max((layer.window or 0 for layer in self.layers), default=0)
-
     def span_shape(
         self,
-        lengths: Sequence[Sequence[int]],
+        lengths: Sequence[int],
         *,
         has_own_lists: bool = False,
         first_token: int = 0,
@@ -55,7 +50,7 @@ class KVGeometry:
         """Return the shape of a span without scores.
 
         Args:
-            lengths: For each layer, tokens that each KV head holds.
+            lengths: For each layer, tokens that each of its KV heads holds.
             has_own_lists: Each KV head of each layer has positions of its own; else the heads of a
                 layer share a list, and so do layers of equal length.
             first_token: Position of the span's first token.
@@ -64,11 +59,14 @@ class KVGeometry:
             policy: What the tokens were chosen by.
         """
         if has_own_lists:
-            index_lengths = [sum(heads) for heads in lengths]
+            index_lengths = [
+                length * layer.num_kv_heads
+                for length, layer in zip(lengths, self.layers, strict=True)
+            ]
             lists = list(range(len(lengths)))
         else:
-            index_lengths = sorted({heads[0] for heads in lengths})
-            lists = [index_lengths.index(heads[0]) for heads in lengths]
+            index_lengths = sorted(set(lengths))
+            lists = [index_lengths.index(length) for length in lengths]
         return chunkkv.SpanShape(
             fingerprint=fingerprint,
             policy=policy,
@@ -77,13 +75,13 @@ class KVGeometry:
             dtype=self.dtype,
             layers=tuple(
                 chunkkv.LayerShape(
-                    lengths=tuple(heads),
+                    lengths=(length,) * layer.num_kv_heads,
                     key_dim=layer.key_dim,
                     value_dim=layer.value_dim,
                     index_list=which,
                     is_sliding=layer.window is not None,
                 )
-                for layer, heads, which in zip(self.layers, lengths, lists, strict=True)
+                for layer, length, which in zip(self.layers, lengths, lists, strict=True)
             ),
             index_lengths=tuple(index_lengths),
             has_scores=False,

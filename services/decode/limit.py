@@ -28,13 +28,10 @@ class KVLimit:
     Attributes:
         max_kv_tokens: Kept tokens at most, those of earlier spans included.
         policy: How tokens are scored and chosen; its budget is not used.
-        includes_prompt: What earlier spans keep competes too; else only this turn's tokens are
-            dropped.
     """
 
     max_kv_tokens: int
     policy: chunkkv.CompressionPolicy
-    includes_prompt: bool = False
 
     def step(self, num_droppable: int) -> int:
         """Return how many of so many tokens are dropped at a time."""
@@ -60,13 +57,12 @@ class KVLimit:
             keep_ratio=None,
             max_kept_tokens=num_kept,
             # The sink is the beginning of the conversation, not that of an answer.
-            sink_tokens=self.policy.sink_tokens if self.includes_prompt else 0,
+            sink_tokens=0,
         )
 
     def canonical(self) -> str:
         """Return what names the choice in a stored span."""
-        part = "sequence" if self.includes_prompt else "answer"
-        return f"{self.policy.canonical()};max_kv_tokens={self.max_kv_tokens};of={part}"
+        return f"{self.policy.canonical()} max_kv_tokens={self.max_kv_tokens}"
 
 
 class RecentQueries:

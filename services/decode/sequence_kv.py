@@ -34,7 +34,7 @@ def tail_tokens(
         new_tokens: That the model will see.
         limit: Bounds the KV.
     """
-    gathered = sum(kept for kept in kept_tokens if _is_gathered(kept, limit))
+    gathered = sum(kept for kept in kept_tokens if kept <= GATHERED_TOKENS)
     needed = gathered + new_tokens
     if limit is None:
         return needed
@@ -97,7 +97,7 @@ class SequenceKV:
         """Tokens that one forward pass may add."""
         if self._limit is None:
             return MAX_NEW_TOKENS
-        return min(MAX_NEW_TOKENS, self._limit.step(self._capacity - self._first_droppable))
+        return min(MAX_NEW_TOKENS, self._limit.step(self._capacity - self._tail.num_stored))
 
     def attend(
         self,
@@ -154,8 +154,7 @@ class SequenceKV:
         if self._limit is None or tail.length + num_tokens <= self._capacity:
             return
         assert self._queries is not None  # a limit comes with them
-        first = self._first_droppable
-        num_droppable = tail.length - first
+        num_droppable = tail.length - tail.num_stored
         layers = tail.full_layers()
         kept = chosen_tokens(
             self._queries,
@@ -164,7 +163,7 @@ class SequenceKV:
             self._limit.choosing(num_droppable - self._limit.step(num_droppable)),
             num_candidates=num_droppable,
         )
-        tail.select(first, kept, self._num_span_tokens)
+        tail.select(kept, self._num_span_tokens)
 
     def advance(self, num_tokens: int) -> None:
         """Count tokens that went through all layers."""
@@ -193,16 +192,10 @@ class SequenceKV:
             policy=WHOLE if self._limit is None else self._limit.canonical(),
         )
 
-    @property
-    def _first_droppable(self) -> int:
-        """The first token of the tail that the limit may drop."""
-        drops_spans = self._limit is not None and self._limit.includes_prompt
-        return 0 if drops_spans else self._tail.num_stored
-
     def _add(self, span: chunkkv.CompressedKV) -> None:
         self._check(span)
         lengths = {kept for layer in span.layers if not layer.is_sliding for kept in layer.lengths}
-        if _is_gathered(span.num_kept_tokens, self._limit) and len(lengths) == 1:
+        if span.num_kept_tokens <= GATHERED_TOKENS and len(lengths) == 1:
             self._tail.gather(span)
         else:
             self._spans.append(span)
@@ -255,11 +248,6 @@ class SequenceKV:
                     f"layer {index} of the span has (KV heads, key width, value width, slides) "
                     f"{seen}, the model has {expected}"
                 )
-
-
-def _is_gathered(num_kept_tokens: int, limit: KVLimit | None) -> bool:
-    """Return whether a span's tokens go into the tail, if all heads keep equally many."""
-    return num_kept_tokens <= GATHERED_TOKENS or (limit is not None and limit.includes_prompt)
 
 
 def _heads(layer: chunkkv.LayerKV, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,10 +12,12 @@ import torch
 
 import chunkkv
 from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, session_pb2, types_pb2
+from services.compress import policy as policies
 from services.compress.segments import covered_tokens, store_segment
 from services.decode.engine import Engine
 from services.decode.fetch import KVFetcher, OpenedKV
 from services.decode.generation import Generation
+from services.decode.limit import KVLimit
 from services.decode.placement import KVMemory, Placement
 from services.decode.sampling import SamplingSettings
 from services.decode.sequence import DecodeSequence, DecodeTask
@@ -72,7 +74,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         num_pending = len(manifest.token_ids) - covered_tokens(manifest)
 
         async with self._memory.placed(
-            manifest.segments, new_tokens=num_pending + max_tokens - num_resumed
+            manifest.segments,
+            new_tokens=num_pending + max_tokens - num_resumed,
+            limit=_limit(request),
         ) as placement:
             opened = await self._fetcher.open(manifest, placement)
             yield decode_pb2.DecodeResponse(started=self._describe(opened))
@@ -222,6 +226,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if span is None:
             return None
         return span, store_segment(self._store, span, manifest, ttl_s=ttl_s)
+
+
+def _limit(request: decode_pb2.DecodeRequest) -> KVLimit | None:
+    asked = request.compression
+    if not asked.HasField("max_kv_tokens"):
+        return None
+    limit = KVLimit(asked.max_kv_tokens, policies.from_wire(asked, chunkkv.CompressionPolicy()))
+    try:
+        limit.check(sum(segment.num_kept_tokens for segment in request.manifest.segments))
+    except chunkkv.InvalidInputError as error:
+        raise InvalidRequestError(str(error), field="compression.max_kv_tokens") from error
+    return limit
 
 
 def _finish(

@@ -15,9 +15,6 @@ from services.decode.geometry import KVGeometry
 # moves to the front of its memory once in as many tokens.
 MAX_NEW_TOKENS: Final = 256
 
-# Position of a token that an earlier span has: it is not stored again.
-_STORED: Final = -1
-
 
 def tail_size_bytes(geometry: KVGeometry, num_tokens: int) -> int:
     """Return the bytes of memory that a tail of ``num_tokens`` takes."""
@@ -106,26 +103,25 @@ class Tail:
         """Return a full-attention layer's keys ``(num_kv_heads, length, key_dim)``, a view."""
         return self._slabs[layer][0][:, : self.length]
 
-    def select(self, first: int, kept: Sequence[torch.Tensor], first_position: int) -> None:
-        """Drop tokens behind the first ``first`` of every full-attention layer.
+    def select(self, kept: Sequence[torch.Tensor], first_position: int) -> None:
+        """Drop tokens that no span has.
 
         Args:
-            first: Tokens that stay in any case.
             kept: For each full-attention layer ``(1 or num_kv_heads, budget)`` indices, counted
-                from ``first``, ascending.
-            first_position: Position of the first token that no span has.
+                from the first token that no span has, ascending.
+            first_position: Position of that token.
         """
         if self._is_whole:
             self._is_whole = False
-            self._note_all(first_position)
-        budget = kept[0].shape[-1]
+            num_tokens, self.length = self.length - self.num_stored, self.num_stored
+            self._note(num_tokens, first_position)
+        first, budget = self.num_stored, kept[0].shape[-1]
         for index, rows in zip(self.full_layers(), kept, strict=True):
             keys, values = self._slabs[index]
             for head in range(keys.shape[0]):
                 chosen = first + rows[head % rows.shape[0]]
                 for slab in (keys[head], values[head], self._positions[index][head]):
                     slab[first : first + budget] = slab[chosen]
-        self.num_stored = min(self.num_stored, first)
         self.length = first + budget
 
     def seal(
@@ -143,7 +139,7 @@ class Tail:
         """
         chosen = [self._chosen(layer) for layer in range(len(self._slabs))]
         shape = self._geometry.span_shape(
-            [[rows.shape[0] for rows in heads] for heads in chosen],
+            [rows.stop - rows.start for rows in chosen],
             has_own_lists=not self._is_whole,
             first_token=first_token,
             num_tokens=num_tokens,
@@ -151,51 +147,36 @@ class Tail:
             policy=policy,
         )
         end = first_token + num_tokens
-        positions = [self._positions_of(layer, heads, end) for layer, heads in enumerate(chosen)]
+        positions = [self._positions_of(layer, rows, end) for layer, rows in enumerate(chosen)]
         sealed = chunkkv.CompressedKV(shape, self._memory[: size_bytes(shape)])
         # Layers lie in the order of the tail and none is longer, so each moves towards the front,
         # over nothing that is still to be read.
-        for slabs, heads, out in zip(self._slabs, chosen, sealed.layers, strict=True):
-            for slab, target in zip(slabs, (out.keys, out.values), strict=True):
-                start = 0
-                for head, rows in enumerate(heads):
-                    target[start : start + rows.shape[0]] = slab[head, rows]
-                    start += rows.shape[0]
+        for slabs, rows, out in zip(self._slabs, chosen, sealed.layers, strict=True):
+            for slab, target in zip(slabs, out.by_head(), strict=True):
+                for head in range(slab.shape[0]):
+                    target[head] = slab[head, rows].clone()
         for own, out in zip(positions, sealed.layers, strict=True):
             out.positions.copy_(own[: out.positions.shape[0]])
         return sealed
 
-    def _chosen(self, layer: int) -> list[torch.Tensor]:
-        """Return, for each head, the rows of a layer's slab that are to be stored."""
-        num_heads = self._slabs[layer][0].shape[0]
-        device = self._memory.device
+    def _chosen(self, layer: int) -> slice:
+        """Return the rows of a layer's slabs that are to be stored."""
         if (window := self._geometry.layers[layer].window) is not None:
             stop = self._window_lengths[layer]
-            return [torch.arange(max(0, stop - window + 1), stop, device=device)] * num_heads
-        if self._is_whole:
-            return [torch.arange(self.num_stored, self.length, device=device)] * num_heads
-        held = self._positions[layer][:, : self.length] != _STORED
-        return [rows.nonzero()[:, 0] for rows in held]
+            return slice(max(0, stop - window + 1), stop)
+        return slice(self.num_stored, self.length)
 
-    def _positions_of(self, layer: int, heads: Sequence[torch.Tensor], end: int) -> torch.Tensor:
+    def _positions_of(self, layer: int, rows: slice, end: int) -> torch.Tensor:
         """Return the positions of rows, one head after another; ``end`` is that behind the last."""
-        if self._geometry.layers[layer].window is not None:
-            return torch.cat([rows + (end - self._window_lengths[layer]) for rows in heads])
-        if self._is_whole:
-            return torch.cat([rows + (end - self.length) for rows in heads])
-        return torch.cat([self._positions[layer][head, rows] for head, rows in enumerate(heads)])
+        if self._is_whole or self._geometry.layers[layer].window is not None:
+            own = torch.arange(end - (rows.stop - rows.start), end, device=self._memory.device)
+            return own.repeat(self._slabs[layer][0].shape[0])
+        return self._positions[layer][:, rows].flatten()
 
     def _note(self, num_tokens: int, first_position: int) -> None:
         added = torch.arange(num_tokens, device=self._memory.device) + first_position
         for layer in self.full_layers():
             self._positions[layer][:, self.length : self.length + num_tokens] = added
-
-    def _note_all(self, first_position: int) -> None:
-        length, self.length = self.length, self.num_stored
-        for layer in self.full_layers():
-            self._positions[layer][:, : self.length] = _STORED
-        self._note(length - self.length, first_position)
-        self.length = length
 
     def _room_in_window(self, layer: int, new: int) -> int:
         """Return where new tokens of a sliding layer go; moves its window to the front if full."""
@@ -212,8 +193,7 @@ class Tail:
 def _tail_shape(geometry: KVGeometry, num_tokens: int) -> chunkkv.SpanShape:
     return geometry.span_shape(
         [
-            [num_tokens if layer.window is None else layer.window - 1 + MAX_NEW_TOKENS]
-            * layer.num_kv_heads
+            num_tokens if layer.window is None else layer.window - 1 + MAX_NEW_TOKENS
             for layer in geometry.layers
         ],
         # More than a sealed span needs, so that sealing moves everything towards the front.

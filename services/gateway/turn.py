@@ -150,7 +150,9 @@ class TurnRunner:
 
     async def _decode_on(self, worker: WorkerInfo, relay: _Relay) -> types_pb2.Finish:
         request = decode_pb2.DecodeRequest(
-            manifest=relay.prefilled.manifest, sampling=relay.turn.request.sampling
+            manifest=relay.prefilled.manifest,
+            sampling=relay.turn.request.sampling,
+            compression=relay.prefilled.compression,
         )
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
         async with aclosing(call) as events:

@@ -160,6 +160,7 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     check("window_size", lambda value: value >= 1, "1 or more")
     check("sink_tokens", lambda value: value >= 0, "0 or more")
     check("reuse_interval", lambda value: value >= 1, "1 or more")
+    check("max_kv_tokens", lambda value: value >= 1, "1 or more")
     _check_enum(policy.scorer, types_pb2.Scorer, "compression.scorer")
     _check_enum(policy.unit, types_pb2.Unit, "compression.unit")
     _check_enum(policy.scope, types_pb2.Scope, "compression.scope")

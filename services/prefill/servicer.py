@@ -84,6 +84,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             full_kv_bytes_per_token=self._bytes_per_token,
             tokenize_ms=tokenize_ms,
             worker_id=self._worker_id,
+            compression=policies.to_wire(policy, max_kv_tokens=_max_kv_tokens(request)),
         )
         # The last token is left to the decode worker, where all sampling happens.
         span = len(manifest.token_ids) - 1 - covered_tokens(manifest)
@@ -169,6 +170,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             reason="PROMPT_TOO_LONG",
             field="input",
         )
+
+
+def _max_kv_tokens(request: prefill_pb2.PrefillRequest) -> int | None:
+    for policy in (request.compression, request.manifest.compression):
+        if policy.HasField("max_kv_tokens"):
+            bound: int = policy.max_kv_tokens
+            return bound
+    return None
 
 
 def kv_bytes_per_token(model: Any) -> int:

@@ -109,7 +109,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class CompressionPolicy(_message.Message):
-    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "chunk_size", "window_size", "sink_tokens", "reuse_interval")
+    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens")
     KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class CompressionPolicy(_message.Message):
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REUSE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     keep_ratio: float
     max_kept_tokens: int
     scorer: Scorer
@@ -128,7 +129,8 @@ class CompressionPolicy(_message.Message):
     window_size: int
     sink_tokens: int
     reuse_interval: int
-    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ...) -> None: ...
+    max_kv_tokens: int
+    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("text", "token_ids", "first_token_index", "logprobs")

@@ -102,38 +102,32 @@ def test_what_is_dropped_is_what_the_policy_drops() -> None:
         torch.testing.assert_close(seen.values, right.values, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("includes_prompt", [False, True])
-def test_only_this_turns_tokens_are_dropped_unless_the_prompt_competes(
-    includes_prompt: bool,
-) -> None:
+@pytest.mark.parametrize("prompt_tokens", [200, 256, 300], ids=["gathered", "edge", "in place"])
+def test_what_the_conversation_kept_before_stays(prompt_tokens: int) -> None:
     model = tiny_model("llama", max_position_embeddings=4096)
     use_sequences(model)
     geometry = kv_geometry(model)
-    prompt = new_kv(geometry, room=300)
-    feed(model, (prompt, tokens(200)))
+    prompt = new_kv(geometry, room=prompt_tokens)
+    for start in range(0, prompt_tokens, 100):
+        feed(model, (prompt, tokens(min(100, prompt_tokens - start), seed=start)))
     span = prompt.seal(fingerprint=FINGERPRINT)
     assert span is not None
-    limit = KVLimit(240, POLICY, includes_prompt=includes_prompt)
-    kv = bounded_kv(geometry, limit, span)
+    kv = bounded_kv(geometry, KVLimit(prompt_tokens + 40, POLICY), span)
 
-    kept = run(model, kv, tokens(300, seed=1))
+    kept = run(model, kv, tokens(150, seed=1))
     sealed = kv.seal(fingerprint=FINGERPRINT)
 
-    assert max(kept) == 240
+    assert max(kept) == prompt_tokens + 40
     assert sealed is not None
-    assert (sealed.first_token, sealed.num_tokens) == (200, 300)
-    positions = [layer.positions.view(2, -1) for layer in sealed.layers]
-    for layer in positions:
-        assert (layer >= 200).all()
-        assert (layer < 500).all()
+    assert (sealed.first_token, sealed.num_tokens) == (prompt_tokens, 150)
+    end = prompt_tokens + 150
+    for layer in sealed.layers:
+        positions = layer.positions.view(2, -1)
+        assert layer.lengths == (kept[-1] - prompt_tokens,) * 2
+        assert (positions >= prompt_tokens).all()
         # The window is there, in order.
-        assert (layer[:, -8:] == torch.arange(492, 500)).all()
-        assert (layer.diff(dim=1) > 0).all()
-    if includes_prompt:
-        # The prompt gave tokens up, so the answer kept more than the 40 that were left to it.
-        assert sealed.num_kept_tokens > 40
-    else:
-        assert all(layer.lengths == (kept[-1] - 200,) * 2 for layer in sealed.layers)
+        assert (positions[:, -8:] == torch.arange(end - 8, end)).all()
+        assert (positions.diff(dim=1) > 0).all()
 
 
 def test_a_sealed_bounded_answer_goes_on_like_the_sequence_it_came_from() -> None:
