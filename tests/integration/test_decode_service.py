@@ -66,12 +66,16 @@ class Client:
         manifest: manifest_pb2.Manifest,
         sampling: types_pb2.SamplingParams = ENDLESS,
         timeout: float = DEADLINE_S,
+        num_resumed_tokens: int = 0,
     ) -> grpc.aio.UnaryStreamCall[Any, Any]:
-        request = decode_pb2.DecodeRequest(manifest=manifest, sampling=sampling)
+        request = decode_pb2.DecodeRequest(
+            manifest=manifest, sampling=sampling, num_resumed_tokens=num_resumed_tokens
+        )
         return self.stub.Decode(request, timeout=timeout)
 
-    async def decode(self, *args: Any, **options: Any) -> Answer:
-        return Answer([event async for event in self.call(*args, **options)])
+    async def decode(self, *args: Any, num_resumed_tokens: int = 0, **options: Any) -> Answer:
+        call = self.call(*args, num_resumed_tokens=num_resumed_tokens, **options)
+        return Answer([event async for event in call], num_resumed_tokens)
 
     async def fails(self, *args: Any, **options: Any) -> ServiceError:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -82,14 +86,19 @@ class Client:
 class Answer:
     """The events of one stream, whose order is checked."""
 
-    def __init__(self, events: Sequence[decode_pb2.DecodeResponse]) -> None:
+    def __init__(
+        self, events: Sequence[decode_pb2.DecodeResponse], num_resumed_tokens: int = 0
+    ) -> None:
         kinds = [event.WhichOneof("event") for event in events]
         assert kinds == ["started", *["delta"] * (len(events) - 2), "finish"]
         self.started, self.finish = events[0].started, events[-1].finish
         self.token_ids: list[int] = []
+        self.logprobs: list[types_pb2.TokenLogprob] = []
         for event in events[1:-1]:
-            assert event.delta.first_token_index == len(self.token_ids)
+            first_token_index = num_resumed_tokens + len(self.token_ids)
+            assert event.delta.first_token_index == first_token_index
             self.token_ids.extend(event.delta.token_ids)
+            self.logprobs.extend(event.delta.logprobs)
         self.text = "".join(event.delta.text for event in events[1:-1])
 
 
@@ -355,6 +364,120 @@ async def test_a_stop_string_ends_the_text_and_its_tokens_stay(client, loaded, s
     assert list((await committed(store)).token_ids) == PROMPT + answer.token_ids
 
 
+async def test_penalties_reach_back_into_the_stored_conversation(client, loaded, store):
+    manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
+    unwanted = types_pb2.SamplingParams(
+        max_tokens=30, ignore_eos=True, repetition_penalty=10, logprobs=1
+    )
+
+    answer = await client.decode(manifest, unwanted)
+
+    output = loaded.model.generate(
+        torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+        max_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=10.0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert answer.token_ids == output[0, len(PROMPT) :].tolist()
+    assert answer.token_ids != generate(loaded, PROMPT, 30)
+
+
+async def test_logprobs_are_those_of_the_models_own_logits(client, loaded, store):
+    manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
+    hot = types_pb2.SamplingParams(
+        max_tokens=12, ignore_eos=True, temperature=1.5, presence_penalty=2, logprobs=3
+    )
+
+    answer = await client.decode(manifest, hot)
+
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([PROMPT + answer.token_ids])).logits[0]
+    expected = logits[len(PROMPT) - 1 : -1].log_softmax(-1)
+    assert [each.token_id for each in answer.logprobs] == answer.token_ids
+    for logprob, row in zip(answer.logprobs, expected, strict=True):
+        best = row.topk(3)
+        assert logprob.logprob == pytest.approx(float(row[logprob.token_id]), abs=1e-4)
+        assert [top.token_id for top in logprob.top_logprobs] == best.indices.tolist()
+        tops = [top.logprob for top in logprob.top_logprobs]
+        assert tops == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+# An answer that another worker began.
+
+RESUMABLE = types_pb2.SamplingParams(
+    max_tokens=12,
+    min_tokens=12,
+    temperature=1.2,
+    seed=5,
+    repetition_penalty=1.3,
+    frequency_penalty=0.5,
+    logprobs=1,
+)
+
+
+@pytest.mark.parametrize("num_resumed", [1, 7, 11, 12])
+async def test_a_resumed_answer_goes_on_and_is_committed_once(client, loaded, store, num_resumed):
+    one_off = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
+    whole = await client.decode(one_off, RESUMABLE)
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    manifest.token_ids.extend(whole.token_ids[:num_resumed])
+
+    rest = await client.decode(manifest, RESUMABLE, num_resumed_tokens=num_resumed)
+
+    assert rest.token_ids == whole.token_ids[num_resumed:]
+    assert whole.text.endswith(rest.text)
+    assert rest.finish.reason == whole.finish.reason
+    assert rest.finish.num_generated_tokens == whole.finish.num_generated_tokens
+    assert rest.finish.num_total_tokens == whole.finish.num_total_tokens
+    assert rest.finish.first_token_ms >= 0
+    assert rest.finish.decode_ms >= 0
+    after = await committed(store)
+    assert list(after.token_ids) == PROMPT + whole.token_ids
+    assert after.num_turns == 1
+
+
+async def test_an_answer_that_fills_the_context_is_resumed_to_its_end(client, loaded, store):
+    prompt = [1 + i % 200 for i in range(MAX_MODEL_LEN - 5)]
+    endless = types_pb2.SamplingParams(ignore_eos=True)
+    one_off = add_turn(manifest_pb2.Manifest(tenant="default"), prompt, loaded, store)
+    whole = await client.decode(one_off, endless)
+
+    for num_resumed in (4, 5):
+        manifest = add_turn(manifest_pb2.Manifest(tenant="default"), prompt, loaded, store)
+        manifest.token_ids.extend(whole.token_ids[:num_resumed])
+        rest = await client.decode(manifest, endless, num_resumed_tokens=num_resumed)
+        assert rest.token_ids == whole.token_ids[num_resumed:]
+        assert rest.finish.reason == types_pb2.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("num_resumed", "sampling", "message"),
+    [
+        (-1, ENDLESS, "is -1 and 4 tokens are pending; send 0 or more"),
+        (4, ENDLESS, "at least one pending token before them"),
+        (3, types_pb2.SamplingParams(max_tokens=2), "at most 2 tokens"),
+        (3, types_pb2.SamplingParams(stop_token_ids=[61]), "the answer ended with token 1"),
+    ],
+    ids=["negative", "nothing_before", "over_max_tokens", "behind_the_end"],
+)
+async def test_resumed_tokens_that_cannot_be_are_refused(
+    client, loaded, store, num_resumed, sampling, message
+):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    manifest.token_ids.extend([61, 62, 63])
+
+    error = await client.fails(manifest, sampling, num_resumed_tokens=num_resumed)
+
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "num_resumed_tokens"
+    assert message in str(error)
+    assert (await committed(store)).version == 1
+    assert client.worker.engine.num_active == 0
+
+
 # What can go wrong. After each, the session is as it was.
 
 
@@ -402,6 +525,9 @@ async def test_tokens_that_cannot_be_decoded_are_refused(client, loaded, store, 
         ({"max_tokens": -1}, "sampling.max_tokens"),
         ({"temperature": float("nan")}, "sampling.temperature"),
         ({"stop_token_ids": [257]}, "sampling.stop_token_ids"),
+        ({"logit_bias": {257: 1}}, "sampling.logit_bias"),
+        ({"logit_bias": {-1: 1}}, "sampling.logit_bias"),
+        ({"logprobs": 21}, "sampling.logprobs"),
     ],
 )
 async def test_sampling_out_of_range_is_refused(client, loaded, store, sampling, field):

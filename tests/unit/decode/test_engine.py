@@ -88,7 +88,13 @@ def task_of(
     sampling: SamplingSettings = ENDLESS,
 ) -> DecodeTask:
     cache = chunkkv.KVCache.from_segments(loaded.model.config, [], extra_tokens=64)
-    return DecodeTask(cache, token_ids, sampling, max_tokens)
+    return DecodeTask(
+        first_position=0,
+        pending_token_ids=token_ids,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        cache=cache,
+    )
 
 
 async def read(generation: Generation) -> list[int]:
