@@ -108,9 +108,11 @@ def test_a_thousand_distinct_tokens_are_all_penalized():
 
 def test_a_bias_is_added_and_may_forbid():
     bias = LogitBias({0: 1.5, 2: float("-inf")})
+    whole = LogitBias({1: 2})
 
     for _ in range(2):
         assert bias(torch.tensor([1.0, 2.0, 3.0])).tolist() == [2.5, 2.0, float("-inf")]
+        assert whole(torch.zeros(2)).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("value", [float("-inf"), -100.0])

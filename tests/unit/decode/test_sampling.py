@@ -203,6 +203,14 @@ def test_every_step_of_generate_is_processed_alike():
         sampler.add(token_id)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_the_smallest_nucleus_is_the_likeliest_token(scale):
+    for logits_seed in range(20):
+        logits = scale * random_logits(logits_seed)
+        warped = warp(logits, SamplingSettings(temperature=1.0, top_p=1e-9))
+        assert warped.isfinite().nonzero().flatten().tolist() == [int(logits.argmax())]
+
+
 def test_of_equal_tokens_at_the_edge_of_a_nucleus_the_first_stay():
     logits = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])
 
