@@ -152,7 +152,12 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         )
         for i, byte in enumerate(ANSWER):
             yield decode_pb2.DecodeResponse(
-                delta=types_pb2.TokenDelta(text=chr(byte), token_ids=[byte], first_token_index=i)
+                delta=types_pb2.TokenDelta(
+                    text=chr(byte),
+                    token_ids=[byte],
+                    first_token_index=i,
+                    logprobs=_fake_logprobs(byte, request.sampling),
+                )
             )
             if i == 0:
                 await self.after_first_token.pass_through()
@@ -187,6 +192,14 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             ttl_s=manifest.ttl.seconds,
             segment_ids=[segment.segment_id for segment in manifest.segments],
         )
+
+
+def _fake_logprobs(
+    token_id: int, sampling: types_pb2.SamplingParams
+) -> list[types_pb2.TokenLogprob]:
+    if not sampling.HasField("logprobs"):
+        return []
+    return [types_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)]
 
 
 class FakeCluster:

@@ -18,6 +18,8 @@ from chunkserve_client._types import (
     SessionInfo,
     TokenCount,
     TokenDelta,
+    TokenLogprob,
+    TopLogprob,
 )
 from chunkserve_client.errors import (
     AlreadyExists,
@@ -74,6 +76,8 @@ __all__ = [
     "SyncSession",
     "TokenCount",
     "TokenDelta",
+    "TokenLogprob",
+    "TopLogprob",
     "Unauthenticated",
     "Unavailable",
 ]

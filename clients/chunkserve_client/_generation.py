@@ -12,7 +12,7 @@ import grpc
 
 from chunkserve.v1 import inference_pb2
 from chunkserve_client._connection import Connection
-from chunkserve_client._types import Event, Finish, PromptInfo, Result, TokenDelta
+from chunkserve_client._types import Event, Finish, PromptInfo, Result, TokenDelta, TokenLogprob
 from chunkserve_client._wire import event_from_wire
 from chunkserve_client.errors import InternalError, cancelled
 
@@ -50,6 +50,7 @@ class Generation:
         self._closed = False
         self._texts: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._prompt_info: PromptInfo | None = None
         self._finish: Finish | None = None
 
@@ -77,6 +78,11 @@ class Generation:
     def token_ids(self) -> tuple[int, ...]:
         """Its tokens so far."""
         return tuple(self._token_ids)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """One for each of its tokens so far, if they were asked for; else empty."""
+        return tuple(self._logprobs)
 
     async def __aiter__(self) -> AsyncGenerator[str]:
         """Yield the text as it comes.
@@ -126,7 +132,7 @@ class Generation:
                 pass
         if self._prompt_info is None or self._finish is None:
             raise cancelled(self.request_id)
-        return Result(self.text, self.token_ids, self._prompt_info, self._finish)
+        return Result(self.text, self.token_ids, self._prompt_info, self._finish, self.logprobs)
 
     async def aclose(self) -> None:
         """Cancel the answer unless it has ended. Harmless if it has."""
@@ -181,6 +187,7 @@ class Generation:
         else:
             self._texts.append(event.text)
             self._token_ids.extend(event.token_ids)
+            self._logprobs.extend(event.logprobs)
 
     def _cancel(self) -> None:
         if self._call is not None:

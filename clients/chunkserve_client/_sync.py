@@ -26,6 +26,7 @@ from chunkserve_client._types import (
     Result,
     SessionInfo,
     TokenCount,
+    TokenLogprob,
 )
 
 
@@ -60,6 +61,11 @@ class SyncGeneration:
     def token_ids(self) -> tuple[int, ...]:
         """Its tokens so far."""
         return self._generation.token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """One for each of its tokens so far, if they were asked for; else empty."""
+        return self._generation.logprobs
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text as it comes; leaving the loop early cancels the answer."""

@@ -65,6 +65,14 @@ class GenerateOptions(TypedDict, total=False):
         stop: The answer ends before any of these strings.
         stop_token_ids: The answer ends at any of these tokens.
         ignore_eos: Goes on after the model's end-of-sequence tokens.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that the
+            conversation or the answer has already, in ``[0.1, 10]``; 1 is none.
+        presence_penalty: Subtracted from the logits of tokens that the answer has already, in
+            ``[-2, 2]``.
+        frequency_penalty: The same, for each time that the answer has the token.
+        logit_bias: Added to logits, by token id, each in ``[-100, 100]``.
+        logprobs: Ask for log-probabilities (``TokenDelta.logprobs``), and for this many
+            alternatives to each token, in ``[0, 20]``.
         compression: How this prompt's KV cache is compressed.
         model: The model to ask.
         timeout_s: Deadline of the whole answer; the client's if left out.
@@ -86,6 +94,11 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    logprobs: int | None
     compression: Compression | None
     model: str | None
     timeout_s: float | None
@@ -133,6 +146,34 @@ class PromptInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """A token that could have been generated.
+
+    Attributes:
+        token_id: The token.
+        logprob: Natural logarithm of its probability.
+    """
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model found a generated token, before penalties, bias and temperature.
+
+    Attributes:
+        token_id: The token.
+        logprob: Natural logarithm of its probability.
+        top_logprobs: The likeliest tokens at its place, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """New tokens of an answer.
 
@@ -140,11 +181,13 @@ class TokenDelta:
         text: Text that became certain with them; empty while a character is incomplete.
         token_ids: The tokens.
         first_token_index: Place of the first of them among the generated tokens, from 0.
+        logprobs: One for each token, if they were asked for; else empty.
     """
 
     text: str
     token_ids: tuple[int, ...]
     first_token_index: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +222,21 @@ Event = PromptInfo | TokenDelta | Finish
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A whole answer."""
+    """A whole answer.
+
+    Attributes:
+        text: Its text.
+        token_ids: Its tokens.
+        prompt_info: What was done with the prompt.
+        finish: How it ended.
+        logprobs: One for each token, if they were asked for; else empty.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     prompt_info: PromptInfo
     finish: Finish
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

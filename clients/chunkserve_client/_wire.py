@@ -20,6 +20,8 @@ from chunkserve_client._types import (
     Segment,
     SessionInfo,
     TokenDelta,
+    TokenLogprob,
+    TopLogprob,
 )
 from chunkserve_client.errors import invalid_request
 
@@ -103,7 +105,12 @@ def event_from_wire(response: inference_pb2.GenerateResponse) -> Event | None:
         return PromptInfo(**_same_names(PromptInfo, response.prompt_info))
     if kind == "delta":
         delta = response.delta
-        return TokenDelta(delta.text, tuple(delta.token_ids), delta.first_token_index)
+        return TokenDelta(
+            delta.text,
+            tuple(delta.token_ids),
+            delta.first_token_index,
+            tuple(_token_logprob(logprob) for logprob in delta.logprobs),
+        )
     if kind == "finish":
         reason = _choice(types_pb2.FinishReason, "FINISH_REASON", response.finish.reason)
         values = _same_names(Finish, response.finish)
@@ -216,6 +223,11 @@ def _sampling(options: Mapping[str, Any]) -> types_pb2.SamplingParams:
     if isinstance(values["stop"], str):
         values["stop"] = [values["stop"]]
     return types_pb2.SamplingParams(**values)
+
+
+def _token_logprob(logprob: types_pb2.TokenLogprob) -> TokenLogprob:
+    top = tuple(TopLogprob(each.token_id, each.logprob) for each in logprob.top_logprobs)
+    return TokenLogprob(logprob.token_id, logprob.logprob, top)
 
 
 def _message(message: Message | Mapping[str, str]) -> types_pb2.ChatMessage:

@@ -42,6 +42,9 @@ def chat(
     temperature: options.Temperature = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
     keep_ratio: options.KeepRatio = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     scorer: options.Scorer = None,
@@ -74,6 +77,9 @@ def chat(
         "temperature": temperature,
         "seed": seed,
         "stop": stop,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "compression": compression,
     }
     opening = options.read_file(file) if file is not None else ""

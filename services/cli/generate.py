@@ -31,6 +31,10 @@ def generate(
     temperature: options.Temperature = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    logprobs: options.Logprobs = None,
     keep_ratio: options.KeepRatio = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     scorer: options.Scorer = None,
@@ -51,6 +55,8 @@ def generate(
     """Ask one question and stream the answer."""
     if raw and system is not None:
         raise typer.BadParameter("--system needs the chat template that --raw leaves out")
+    if logprobs is not None and not json:
+        raise typer.BadParameter("--logprobs needs --json, which has a place for them")
     text = input_text(prompt, file)
     messages = [Message("user", text)]
     if system is not None:
@@ -65,6 +71,10 @@ def generate(
             temperature=temperature,
             seed=seed,
             stop=stop,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logprobs=logprobs,
             request_id=request_id,
             compression=options.given(
                 Compression(

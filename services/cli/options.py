@@ -40,6 +40,28 @@ Stop = Annotated[
     typer.Option(help="End before this string; may be given again.", rich_help_panel=_SAMPLING),
 ]
 
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Above 1 (to 10): fewer of the tokens seen so far.", rich_help_panel=_SAMPLING
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(help="-2 to 2; above 0: fewer tokens again.", rich_help_panel=_SAMPLING),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(help="-2 to 2; the same, each time anew.", rich_help_panel=_SAMPLING),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        help="Log-probabilities, and 0 to 20 alternatives to each token; with --json.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+
 KeepRatio = Annotated[
     float | None,
     typer.Option(help="Fraction of tokens kept, above 0, up to 1.", rich_help_panel=_COMPRESSION),

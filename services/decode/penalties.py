@@ -35,7 +35,9 @@ class LogitBias:
             return logits
         if not self._is_ready:
             self._token_ids = torch.tensor(list(self._bias), device=logits.device)
-            self._values = torch.tensor(list(self._bias.values()), device=logits.device)
+            self._values = torch.tensor(
+                list(self._bias.values()), dtype=torch.float32, device=logits.device
+            )
             self._is_ready = True
         return logits.index_add(0, self._token_ids, self._values)
 

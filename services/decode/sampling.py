@@ -270,7 +270,8 @@ def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
     is_outside = buckets > edge
     token_ids = (buckets == edge).nonzero().squeeze(-1)
-    token_ids = token_ids[logits[token_ids].sort(stable=True).indices]
+    order = logits[token_ids].sort(stable=True, descending=True).indices.flip(0)
+    token_ids = token_ids[order]  # of equal ones, the first stays longest
     mass_below = masses[edge + 1 :].sum()
     is_outside_here = (mass_below + probabilities[token_ids].cumsum(dim=0)).float() <= 1 - top_p
     is_outside_here[-1] = False  # the likeliest token stays, however small top_p is

@@ -8,7 +8,7 @@ not what only a worker can know: vocabulary, context length, a prompt's tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -19,6 +19,7 @@ from services.runtime.errors import InvalidRequestError
 
 MAX_PAGE_SIZE: Final = 1000
 MAX_STOPS: Final = 16
+MAX_LOGIT_BIASES: Final = 1024
 
 _SESSION_ID: Final = re.compile(r"[a-zA-Z0-9._-]{1,64}")
 _PRINTABLE: Final = re.compile(r"[\x20-\x7e]{0,128}")
@@ -134,6 +135,10 @@ def _check_sampling(sampling: types_pb2.SamplingParams) -> None:
     check("top_p", lambda value: 0 < value <= 1, "a number above 0, at most 1")
     check("top_k", lambda value: value >= 1, "1 or more")
     check("min_p", lambda value: 0 <= value <= 1, "0 to 1")
+    check("repetition_penalty", lambda value: 0.1 <= value <= 10, "0.1 to 10")
+    check("presence_penalty", lambda value: -2 <= value <= 2, "-2 to 2")
+    check("frequency_penalty", lambda value: -2 <= value <= 2, "-2 to 2")
+    check("logprobs", lambda value: 0 <= value <= 20, "0 to 20")
     if sampling.HasField("max_tokens"):
         at_most = f"at most sampling.max_tokens, {sampling.max_tokens}"
         is_valid = sampling.min_tokens <= sampling.max_tokens
@@ -146,6 +151,17 @@ def _check_sampling(sampling: types_pb2.SamplingParams) -> None:
     for i, stop in enumerate(sampling.stop):
         _require(stop != "", f"sampling.stop[{i}]", "empty", "at least one character")
     _check_token_ids(sampling.stop_token_ids, "sampling.stop_token_ids")
+    _check_logit_bias(sampling.logit_bias)
+
+
+def _check_logit_bias(logit_bias: Mapping[int, float]) -> None:
+    path, num_entries = "sampling.logit_bias", len(logit_bias)
+    is_valid = num_entries <= MAX_LOGIT_BIASES
+    _require(is_valid, path, f"{num_entries} entries", f"at most {MAX_LOGIT_BIASES}")
+    for token_id, bias in sorted(logit_bias.items()):
+        key = f"{path}[{token_id}]"
+        _require(token_id >= 0, key, "for a negative token id", "ids of 0 or more")
+        _require(-100 <= bias <= 100, key, f"{bias:g}", "-100 to 100")
 
 
 def _check_compression(policy: types_pb2.CompressionPolicy) -> None:

@@ -120,7 +120,12 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
                     self.hanging.set()
                     await asyncio.Event().wait()
                 yield inference_pb2.GenerateResponse(
-                    delta=types_pb2.TokenDelta(text=text, token_ids=[100 + i], first_token_index=i)
+                    delta=types_pb2.TokenDelta(
+                        text=text,
+                        token_ids=[100 + i],
+                        first_token_index=i,
+                        logprobs=_logprobs(100 + i, request.sampling),
+                    )
                 )
             if not self.is_cut:
                 self._commit(request)
@@ -253,6 +258,17 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
             decode_ms=30.0,
             commit_ms=1.0,
         )
+
+
+def _logprobs(token_id: int, sampling: types_pb2.SamplingParams) -> list[types_pb2.TokenLogprob]:
+    """Return what was asked for: the token itself is the likeliest, and the others follow."""
+    if not sampling.HasField("logprobs"):
+        return []
+    top = [
+        types_pb2.TopLogprob(token_id=token_id + i, logprob=-0.5 - i)
+        for i in range(sampling.logprobs)
+    ]
+    return [types_pb2.TokenLogprob(token_id=token_id, logprob=-0.5, top_logprobs=top)]
 
 
 async def _fail(failure: ServiceError | Status, context: Any) -> None:

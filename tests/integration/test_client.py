@@ -35,6 +35,8 @@ from chunkserve_client import (
     SessionNotFound,
     TokenCount,
     TokenDelta,
+    TokenLogprob,
+    TopLogprob,
     Unavailable,
 )
 from services.runtime import errors as service_errors
@@ -124,6 +126,19 @@ async def test_result_waits_for_all_of_it(client: Client):
     assert result.prompt_info.num_prompt_tokens == 1000
     assert result.finish.num_generated_tokens == 4
     assert await answer.result() == result
+
+
+async def test_logprobs_stand_beside_the_tokens(client: Client):
+    answer = client.generate("hi", logprobs=2)
+
+    result = await answer.result()
+
+    assert result.logprobs == answer.logprobs
+    assert tuple(each.token_id for each in result.logprobs) == result.token_ids
+    assert result.logprobs[1] == TokenLogprob(
+        101, -0.5, (TopLogprob(101, -0.5), TopLogprob(102, -1.5))
+    )
+    assert (await client.generate("hi").result()).logprobs == ()
 
 
 async def test_nothing_is_sent_before_the_iteration(client: Client, gateway: StandIn):

@@ -98,6 +98,7 @@ def test_generate_prints_the_answer(gateway: StandIn):
 
 def test_generate_sends_every_option(gateway: StandIn):
     args = """--max-tokens 5 --temperature 0.5 --seed 9 --stop END --stop . --model tiny
+        --repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5
         --keep-ratio 0.2 --scorer window --unit chunk --scope group --chunk-size 20
         --window-size 8 --sink-tokens 4 --reuse-interval 2 --request-id mine"""
 
@@ -106,7 +107,13 @@ def test_generate_sends_every_option(gateway: StandIn):
     request = only_request(gateway)
     assert (request.model, request.request_id) == ("tiny", "mine")
     assert request.sampling == types_pb2.SamplingParams(
-        max_tokens=5, temperature=0.5, seed=9, stop=["END", "."]
+        max_tokens=5,
+        temperature=0.5,
+        seed=9,
+        stop=["END", "."],
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
     )
     assert request.compression == types_pb2.CompressionPolicy(
         keep_ratio=0.2,
@@ -156,8 +163,22 @@ def test_generate_json_prints_an_event_a_line(gateway: StandIn):
         "text": "Par",
         "token_ids": [100],
         "first_token_index": 0,
+        "logprobs": [],
     }
     assert events[-1]["reason"] == "stop"
+
+
+def test_generate_json_has_the_logprobs(gateway: StandIn):
+    result = run(gateway, "generate", "hi", "--json", "--logprobs", "1")
+
+    delta = json.loads(result.stdout.splitlines()[1])
+    assert delta["logprobs"] == [
+        {
+            "token_id": 100,
+            "logprob": -0.5,
+            "top_logprobs": [{"token_id": 100, "logprob": -0.5}],
+        }
+    ]
 
 
 def test_generate_stats_go_to_stderr(gateway: StandIn):
@@ -182,13 +203,24 @@ def test_generate_on_a_session(gateway: StandIn):
         (["generate", "--file", "/does/not/exist"], None),
         (["generate", "hi", "--raw", "--system", "x"], None),
         (["generate", "--file", "-"], b"\xff\xfe"),
+        (["generate", "hi", "--logprobs", "2"], None),
         (["generate", "hi", "--max-tokens", "many"], None),
         (["generate", "hi", "--timeout", "0"], None),
         (["generate", "hi", "--colour"], None),
         (["sessions", "show"], None),
         (["nonsense"], None),
     ],
-    ids=["no_file", "raw_system", "not_utf8", "no_int", "timeout", "option", "argument", "command"],
+    ids=[
+        "no_file",
+        "raw_system",
+        "not_utf8",
+        "logprobs",
+        "no_int",
+        "timeout",
+        "option",
+        "argument",
+        "command",
+    ],
 )
 def test_wrong_usage_exits_2(gateway: StandIn, args: list[str], stdin: bytes | None):
     result = run(gateway, *args, stdin=stdin)
@@ -322,6 +354,17 @@ def test_chat_answers_on_one_new_session(gateway: StandIn):
     assert create.compression.keep_ratio == 0.5
     assert [turn.chat.messages[0].content for turn in turns] == ["first", "second"]
     assert {turn.session_id for turn in turns} == {"s-0"}
+
+
+def test_chat_penalizes_as_it_is_told(gateway: StandIn):
+    args = "--repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5"
+
+    run(gateway, "chat", *args.split(), stdin="hello\n")
+
+    [turn] = [call.request for call in gateway.calls if call.method == "Generate"]
+    assert turn.sampling == types_pb2.SamplingParams(
+        repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5
+    )
 
 
 def test_chat_sends_system_and_file_until_a_turn_is_answered(gateway: StandIn, tmp_path: Path):

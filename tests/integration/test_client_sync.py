@@ -54,6 +54,15 @@ def test_events_and_result(client: SyncClient):
     assert "".join(deltas) == client.generate("hi").result().text
 
 
+def test_logprobs_stand_beside_the_tokens(client: SyncClient):
+    answer = client.generate("hi", logprobs=1)
+
+    result = answer.result()
+
+    assert tuple(each.token_id for each in answer.logprobs) == result.token_ids
+    assert answer.logprobs == result.logprobs
+
+
 def test_session_from_creation_to_deletion(client: SyncClient):
     session = client.create_session("s-1")
     session.generate("one").result()

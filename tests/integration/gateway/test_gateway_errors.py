@@ -48,13 +48,24 @@ def compression(**fields: Any) -> dict[str, Any]:
     ("fields", "path", "message"),
     [
         (sampling(max_tokens=-3), "sampling.max_tokens", "is -3; send 1 or more"),
+        (sampling(logit_bias={3: math.nan}), "sampling.logit_bias[3]", "is nan; send -100 to 100"),
+        (sampling(logprobs=21), "sampling.logprobs", "is 21; send 0 to 20"),
         (compression(keep_ratio=0), "compression.keep_ratio", "is 0; send"),
         (compression(keep_ratio=1.5), "compression.keep_ratio", "is 1.5; send"),
         (compression(keep_ratio=math.nan), "compression.keep_ratio", "is nan; send"),
         ({"text": ""}, "text", "is empty; send at least one character"),
         ({"session_id": "no spaces"}, "session_id", "send 1 to 64 characters"),
     ],
-    ids=["max_tokens", "ratio_0", "ratio_1.5", "ratio_nan", "empty_text", "session_id"],
+    ids=[
+        "max_tokens",
+        "bias",
+        "logprobs",
+        "ratio_0",
+        "ratio_1.5",
+        "ratio_nan",
+        "empty_text",
+        "session_id",
+    ],
 )
 async def test_a_field_out_of_range_is_invalid_argument(
     cluster: FakeCluster, fields: dict[str, Any], path: str, message: str

@@ -170,7 +170,15 @@ async def test_the_request_reaches_the_workers_as_it_was_sent(cluster: FakeClust
         session_id="s-1", compression=types_pb2.CompressionPolicy(keep_ratio=0.25)
     )
     chat = types_pb2.ChatInput(messages=[types_pb2.ChatMessage(role="user", content="Hi")])
-    sampling = types_pb2.SamplingParams(max_tokens=7, min_tokens=3, temperature=0.5, stop=["x"])
+    sampling = types_pb2.SamplingParams(
+        max_tokens=7,
+        min_tokens=3,
+        temperature=0.5,
+        stop=["x"],
+        repetition_penalty=1.5,
+        logit_bias={4: -1.0},
+        logprobs=0,
+    )
     asked = types_pb2.CompressionPolicy(max_kept_tokens=9)
 
     await cluster.generate(
@@ -184,6 +192,19 @@ async def test_the_request_reaches_the_workers_as_it_was_sent(cluster: FakeClust
     assert sent.min_free_tokens == 3
     assert decode.requests[0].sampling == sampling
     assert prefill.request_ids == decode.request_ids == ["r-9"]
+
+
+async def test_logprobs_reach_the_caller_with_their_tokens(cluster: FakeCluster) -> None:
+    await cluster.add_prefill()
+    await cluster.add_decode()
+
+    events = await cluster.generate(sampling=types_pb2.SamplingParams(logprobs=0))
+
+    deltas = [event.delta for event in events if event.HasField("delta")]
+    assert deltas
+    for delta in deltas:
+        assert [each.token_id for each in delta.logprobs] == list(delta.token_ids)
+        assert [each.logprob for each in delta.logprobs] == [-0.5]
 
 
 async def test_the_request_id_of_the_metadata_is_passed_on(cluster: FakeCluster) -> None:

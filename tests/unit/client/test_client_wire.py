@@ -19,6 +19,8 @@ from chunkserve_client import (
     SessionInfo,
     TokenCount,
     TokenDelta,
+    TokenLogprob,
+    TopLogprob,
     _wire,
 )
 
@@ -28,6 +30,8 @@ from chunkserve_client import (
     [
         (PromptInfo, inference_pb2.PromptInfo, {}),
         (TokenDelta, types_pb2.TokenDelta, {}),
+        (TokenLogprob, types_pb2.TokenLogprob, {}),
+        (TopLogprob, types_pb2.TopLogprob, {}),
         (Finish, types_pb2.Finish, {}),
         (Segment, session_pb2.Segment, {}),
         (SessionInfo, session_pb2.Session, {"ttl": "ttl_s"}),
@@ -64,6 +68,32 @@ def test_prompt_is_a_message_of_the_user():
         chat=types_pb2.ChatInput(messages=[types_pb2.ChatMessage(role="user", content="hi")]),
         sampling=types_pb2.SamplingParams(max_tokens=3, seed=0, stop=["END"]),
     )
+
+
+def test_penalties_bias_and_logprobs_are_sent():
+    options = {
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.0,
+        "frequency_penalty": -0.5,
+        "logit_bias": {7: -100, 8: 2.5},
+        "logprobs": 0,
+    }
+
+    request = build("hi", **options)
+
+    assert request.sampling == types_pb2.SamplingParams(**options)
+    assert request.sampling.HasField("presence_penalty")
+    assert request.sampling.HasField("logprobs")
+
+
+def test_logprobs_of_a_delta_are_read():
+    top = types_pb2.TopLogprob(token_id=9, logprob=-0.25)
+    logprob = types_pb2.TokenLogprob(token_id=5, logprob=-1.5, top_logprobs=[top])
+    delta = types_pb2.TokenDelta(text="a", token_ids=[5], logprobs=[logprob])
+
+    event = _wire.event_from_wire(inference_pb2.GenerateResponse(delta=delta))
+
+    assert event == TokenDelta("a", (5,), 0, (TokenLogprob(5, -1.5, (TopLogprob(9, -0.25),)),))
 
 
 def test_messages_may_be_mappings():
@@ -113,11 +143,12 @@ def test_misspelt_option_is_a_type_error():
         {"prompt": "hi", "max_tokens": 1 << 40},
         {"prompt": "hi", "seed": 1 << 70},
         {"token_ids": [-(1 << 33)]},
+        {"prompt": "hi", "logit_bias": {1 << 40: 1.0}},
         {"messages": [{"role": "user", "text": "typo"}]},
         {"prompt": "hi", "compression": Compression(unit="word")},
         {"prompt": "hi", "compression": Compression(keep_ratio=0.1, max_kept_tokens=5)},
     ],
-    ids=["surrogate", "int32", "int64", "token", "message", "unit", "budgets"],
+    ids=["surrogate", "int32", "int64", "token", "bias", "message", "unit", "budgets"],
 )
 def test_value_that_no_message_can_carry_is_an_invalid_request(options):
     with pytest.raises(InvalidRequest) as caught:

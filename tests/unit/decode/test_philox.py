@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.decode.philox import philox4x32, uniforms
+from services.decode.philox import philox4x32, uniforms, uniforms_at
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,14 @@ def test_uniforms_do_not_depend_on_how_many_are_asked_for():
     many = uniforms(49_152, seed=7, position=3, device=CPU)
 
     assert few.tolist() == many[:5].tolist()
+
+
+def test_some_uniforms_are_those_of_all():
+    indices = torch.tensor([0, 1, 2, 3, 4, 7, 40_001, 49_151, 5])
+
+    some = uniforms_at(indices, seed=-7, position=3)
+
+    assert some.tolist() == uniforms(49_152, seed=-7, position=3, device=CPU)[indices].tolist()
 
 
 def test_uniforms_of_another_seed_or_position_are_others():

@@ -11,13 +11,17 @@ from services.decode.sequence import DecodeSequence, DecodeTask
 TOKENIZER = byte_tokenizer()
 
 
-class EmptyCache:
-    def get_seq_length(self) -> int:
-        return 0
-
-
-def sequence_of(pending=(5,), *, max_tokens: int = 100, **sampling) -> DecodeSequence:
-    task = DecodeTask(EmptyCache(), pending, SamplingSettings(**sampling), max_tokens)
+def sequence_of(
+    pending=(5,), *, max_tokens: int = 100, first_position: int = 0, **sampling
+) -> DecodeSequence:
+    task = DecodeTask(
+        first_position=first_position,
+        pending_token_ids=pending,
+        sampling=SamplingSettings(**sampling),
+        max_tokens=max_tokens,
+        prompt_token_ids=pending,
+        cache=None,  # the engine's alone
+    )
     return DecodeSequence(task, tokenizer=TOKENIZER, eos_token_ids=frozenset({EOS_TOKEN_ID}))
 
 
@@ -143,14 +147,48 @@ def test_a_stop_string_that_the_end_completes_counts():
 
 def test_the_draw_depends_on_the_position_in_the_conversation_alone():
     long, short = sequence_of((1, 2, 3), temperature=1.0), sequence_of((1, 2), temperature=1.0)
+    cached = sequence_of((3,), first_position=2, temperature=1.0)
     flat = torch.zeros(257)
-    for sequence in (long, short):
+    for sequence in (long, short, cached):
         sequence.next_input(512)
 
     short.accept(flat)
     short.next_input(512)
 
-    assert list(long.accept(flat).token_ids) == list(short.accept(flat).token_ids)
+    token_ids = [list(each.accept(flat).token_ids) for each in (long, short, cached)]
+    assert token_ids[0] == token_ids[1] == token_ids[2]
+
+
+def test_penalties_see_the_prompt_and_the_answer():
+    sequence = sequence_of((5, 6), repetition_penalty=2.0, frequency_penalty=1.0)
+
+    chosen = []
+    for _ in range(5):
+        sequence.next_input(512)
+        chosen.extend(sequence.accept(logits_for(5, 7, 8)).token_ids)
+
+    # 10, 9 and 8, halved (5's at once), and 1 less for each time: 5 to 3, 7 to 3.5, 8 to 3.
+    assert chosen == [7, 8, 5, 5, 7]
+
+
+def test_logprobs_come_with_each_token_and_are_the_models_own():
+    sequence = sequence_of(logprobs=2, logit_bias={9: 100.0}, temperature=0.5)
+    logits = logits_for(7, 8)
+    sequence.next_input(512)
+
+    delta = sequence.accept(logits)
+
+    [logprob] = delta.logprobs
+    assert list(delta.token_ids) == [9] == [logprob.token_id]
+    assert logprob.logprob == pytest.approx(float(logits.log_softmax(-1)[9]))
+    assert [top.token_id for top in logprob.top_logprobs] == [7, 8]
+
+
+def test_without_logprobs_none_are_sent():
+    sequence = sequence_of()
+    sequence.next_input(512)
+
+    assert not sequence.accept(logits_for(7)).logprobs
 
 
 def test_a_model_without_numbers_is_an_error():

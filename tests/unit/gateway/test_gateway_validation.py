@@ -24,6 +24,10 @@ SAMPLING_FIELDS: Fields = [
     ("min_p", [0, 0.5, 1], [-0.1, 1.1, math.nan]),
     ("seed", [0, -1, 2**63 - 1], []),
     ("ignore_eos", [True, False], []),
+    ("repetition_penalty", [0.1, 1, 1.2, 10], [0, -1, 10.5, math.nan, math.inf]),
+    ("presence_penalty", [-2, 0, 2], [-2.5, 2.5, math.nan]),
+    ("frequency_penalty", [-2, 0, 2], [-2.5, 2.5, math.nan]),
+    ("logprobs", [0, 20], [-1, 21]),
 ]
 POLICY_FIELDS: Fields = [
     ("keep_ratio", [0.001, 0.1, 1], [0, -0.5, 1.5, math.nan, math.inf]),
@@ -93,15 +97,33 @@ def test_a_policy_out_of_range_is_refused(field: str, value: Any) -> None:
         ({"stop": ["x", ""]}, "sampling.stop[1]"),
         ({"stop_token_ids": [3, -1]}, "sampling.stop_token_ids[1]"),
         ({"max_tokens": 3, "min_tokens": 4}, "sampling.min_tokens"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "sampling.logit_bias"),
+        ({"logit_bias": {5: 1, -1: 1}}, "sampling.logit_bias[-1]"),
+        ({"logit_bias": {5: 1, 6: 100.5}}, "sampling.logit_bias[6]"),
+        ({"logit_bias": {5: math.nan}}, "sampling.logit_bias[5]"),
     ],
-    ids=["many_stops", "empty_stop", "stop_token", "min_over_max"],
+    ids=[
+        "many_stops",
+        "empty_stop",
+        "stop_token",
+        "min_over_max",
+        "many_biases",
+        "bias_token",
+        "bias",
+        "bias_nan",
+    ],
 )
 def test_lists_and_pairs_of_sampling_are_checked(sampling: dict[str, Any], path: str) -> None:
     assert refused(generate(sampling=types_pb2.SamplingParams(**sampling))).field == path
 
 
-def test_sixteen_stops_and_equal_bounds_are_accepted() -> None:
-    sampling = types_pb2.SamplingParams(stop=["x"] * 16, max_tokens=3, min_tokens=3)
+def test_lists_that_are_full_and_equal_bounds_are_accepted() -> None:
+    sampling = types_pb2.SamplingParams(
+        stop=["x"] * 16,
+        max_tokens=3,
+        min_tokens=3,
+        logit_bias={i: 100 - 200 * (i % 2) for i in range(1024)},
+    )
 
     validation.check_generate(generate(sampling=sampling))
 
