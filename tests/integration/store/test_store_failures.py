@@ -258,7 +258,7 @@ async def test_a_wrong_password_is_named_but_not_shown():
 
 async def test_a_user_without_permission_is_told_so(acl_server):
     acl_server.nodes[0].acl_setuser(
-        "reader", enabled=True, nopass=True, keys=["cs1:*"], categories=["+@read", "+@connection"]
+        "reader", enabled=True, nopass=True, keys=["cs2:*"], categories=["+@read", "+@connection"]
     )
     url = acl_server.url.split("@")[1]
     async with opened(f"redis://reader:any@{url}") as store:
@@ -331,7 +331,7 @@ async def test_slots_that_moved_are_found_again(cluster_server):
     async with opened(cluster_server.url) as store:
         store.put_segment("s", b"h", [b"aa", b"bb"], ttl_s=60)
         await store.create_manifest("t", "s", b"v1", ttl_s=60)
-        for name in ("cs1:{s}:header", "cs1:{t/s}:manifest"):
+        for name in ("cs2:{s}:header", "cs2:{t/s}:manifest"):
             _move_slot(cluster_server, name)
 
         assert store.get_header("s") == b"h"

@@ -9,6 +9,7 @@ import pytest
 from services.runtime.errors import (
     AlreadyExistsError,
     ConflictError,
+    CorruptError,
     InvalidRequestError,
     NotFoundError,
 )
@@ -155,6 +156,23 @@ async def test_a_commit_extends_its_segments(store: Store, server):
 
     for key, node in server.holders().items():
         assert node.ttl(key) > (5900 if "{long}" in key else 590)
+
+
+async def test_a_commit_that_names_a_segment_with_a_damaged_header_key_is_refused(
+    store: Store, server
+):
+    await create(store, "s")
+    put_segments(store, "a")
+    key, node = server.only_key(ending=":header")
+    intact = node.get(key)
+
+    for i, byte in enumerate(intact):
+        for damaged in (intact[:i], intact[:i] + bytes([byte ^ 0x10]) + intact[i + 1 :]):
+            node.set(key, damaged, keepttl=True)
+            with pytest.raises(CorruptError, match="segment a"):
+                await commit(store, segments=["a"])
+
+    assert (await store.get_manifest("default", "s")).version == 1
 
 
 async def test_segments_outlive_the_session_that_names_them(store: Store, server):
