@@ -188,7 +188,7 @@ def _node_options() -> EmbeddedOptions:
         extra={
             "cluster-enabled": "yes",
             "cluster-port": str(_free_port()),
-            "cluster-node-timeout": "2000",
+            "cluster-node-timeout": "20000",
         },
     )
 
