@@ -35,6 +35,8 @@ class Compression:
         window_size: Trailing tokens that ask (and are always kept), at least 1.
         sink_tokens: Leading tokens that are always kept, at least 0.
         reuse_interval: Neighbouring layers that share one list with scope ``group``.
+        max_kv_tokens: KV tokens kept at most while an answer is generated, those of the
+            conversation before it included.
     """
 
     keep_ratio: float | None = None
@@ -46,6 +48,7 @@ class Compression:
     window_size: int | None = None
     sink_tokens: int | None = None
     reuse_interval: int | None = None
+    max_kv_tokens: int | None = None
 
 
 class GenerateOptions(TypedDict, total=False):

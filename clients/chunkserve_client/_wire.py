@@ -137,6 +137,7 @@ def compression_to_wire(compression: Compression) -> types_pb2.CompressionPolicy
             window_size=compression.window_size,
             sink_tokens=compression.sink_tokens,
             reuse_interval=compression.reuse_interval,
+            max_kv_tokens=compression.max_kv_tokens,
         )
 
 
@@ -158,6 +159,7 @@ def compression_from_wire(policy: types_pb2.CompressionPolicy) -> Compression:
         window_size=optional("window_size"),
         sink_tokens=optional("sink_tokens"),
         reuse_interval=optional("reuse_interval"),
+        max_kv_tokens=optional("max_kv_tokens"),
     )
 
 

@@ -54,6 +54,7 @@ def chat(
     window_size: options.WindowSize = None,
     sink_tokens: options.SinkTokens = None,
     reuse_interval: options.ReuseInterval = None,
+    max_kv_tokens: options.MaxKvTokens = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print what each answer cost.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
@@ -70,6 +71,7 @@ def chat(
             window_size=window_size,
             sink_tokens=sink_tokens,
             reuse_interval=reuse_interval,
+            max_kv_tokens=max_kv_tokens,
         )
     )
     turn: GenerateOptions = {

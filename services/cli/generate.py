@@ -44,6 +44,7 @@ def generate(
     window_size: options.WindowSize = None,
     sink_tokens: options.SinkTokens = None,
     reuse_interval: options.ReuseInterval = None,
+    max_kv_tokens: options.MaxKvTokens = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print events, a line of JSON each.")
     ] = False,
@@ -87,6 +88,7 @@ def generate(
                     window_size=window_size,
                     sink_tokens=sink_tokens,
                     reuse_interval=reuse_interval,
+                    max_kv_tokens=max_kv_tokens,
                 )
             ),
         )

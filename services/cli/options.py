@@ -91,6 +91,13 @@ ReuseInterval = Annotated[
     int | None,
     typer.Option(help="Layers that share a list in scope group.", rich_help_panel=_COMPRESSION),
 ]
+MaxKvTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="KV tokens kept at most while answering, the prompt's included.",
+        rich_help_panel=_COMPRESSION,
+    ),
+]
 
 
 def connect(address: str, timeout_s: float) -> SyncClient:

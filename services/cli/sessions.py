@@ -92,6 +92,7 @@ def create(
     window_size: options.WindowSize = None,
     sink_tokens: options.SinkTokens = None,
     reuse_interval: options.ReuseInterval = None,
+    max_kv_tokens: options.MaxKvTokens = None,
     json: options.Json = False,
     address: options.Address = DEFAULT_ADDRESS,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
@@ -108,6 +109,7 @@ def create(
             window_size=window_size,
             sink_tokens=sink_tokens,
             reuse_interval=reuse_interval,
+            max_kv_tokens=max_kv_tokens,
         )
     )
     with options.connect(address, timeout) as client:
