@@ -91,14 +91,16 @@ class Rig:
         self.engine = Engine(loaded, **options)
 
     @asynccontextmanager
-    async def started(self, task: DecodeTask) -> AsyncIterator[Generation]:
+    async def started(
+        self, task: DecodeTask, kv_class: type[SequenceKV] = SequenceKV
+    ) -> AsyncIterator[Generation]:
         new_tokens = len(task.pending_token_ids) + task.max_tokens - task.num_resumed_tokens
         async with self.memory.placed([], new_tokens=new_tokens) as placement:
-            kv = SequenceKV(
+            kv = kv_class(
                 GEOMETRY,
                 [],
                 self.memory.pool.view(placement.tail, placement.tail.size_bytes),
-                tail_tokens=placement.tail_tokens,
+                capacity=placement.tail_tokens,
             )
             generation = self.engine.submit(task, kv, on_released=placement.give_back)
             placement.lend()
@@ -109,7 +111,7 @@ class Rig:
 
     async def answer(self, task: DecodeTask) -> list[int]:
         async with self.started(task) as generation:
-            return await read(generation)
+            return await read(generation, num_resumed=task.num_resumed_tokens)
 
     def check_nothing_left(self) -> None:
         assert self.engine.num_running == 0
@@ -146,14 +148,13 @@ def task_of(
     )
 
 
-async def read(generation: Generation) -> list[int]:
-    first = token_ids = list(generation.sequence.token_ids)  # those resumed
-    token_ids = list(first)
+async def read(generation: Generation, *, num_resumed: int = 0) -> list[int]:
+    token_ids: list[int] = []
     async for delta in generation:
-        assert delta.first_token_index == len(token_ids)
+        assert delta.first_token_index == num_resumed + len(token_ids)
         token_ids.extend(delta.token_ids)
-    assert token_ids == generation.sequence.token_ids
-    return token_ids[len(first) :]
+    assert token_ids == generation.sequence.new_token_ids
+    return token_ids
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -262,11 +263,14 @@ async def test_resumed_tokens_behind_the_end_of_the_answer_are_refused(served):
 
 async def test_every_step_takes_a_token_of_every_stream(served):
     loaded, model = stepped(served)
-    async with running(loaded) as rig, rig.started(task_of([1])) as one:
-        async with rig.started(task_of([2])) as two:
-            model.allow(10)
-            await until(lambda: len(model.steps) == 10)
-            steps = [len(step) for step in model.steps]
+    async with (
+        running(loaded) as rig,
+        rig.started(task_of([1])) as one,
+        rig.started(task_of([2])) as two,
+    ):
+        model.allow(10)
+        await until(lambda: len(model.steps) == 10)
+        steps = [len(step) for step in model.steps]
 
     # The thread may have taken its first step before the second sequence was there.
     assert steps in ([2] * 10, [1] + [2] * 9)
@@ -276,16 +280,16 @@ async def test_every_step_takes_a_token_of_every_stream(served):
 
 @pytest.mark.parametrize(
     ("max_stall_ms", "pieces"),
-    # The first piece is a guess; the third takes what is left.
-    [(1e9, [8] * 5), (1e-9, [8] + [1] * 32)],
+    # Nothing is known of the machine when the first is taken.
+    [(1e9, [8, 8, 4]), (1e-9, [8] + [1] * 12)],
     ids=["patient", "impatient"],
 )
 async def test_known_tokens_come_in_pieces_beside_a_stream(loaded, served, max_stall_ms, pieces):
-    streamed = generate(loaded, [1], 60)
-    prompt = [200 - t for t in range(40)]
+    streamed = generate(loaded, [1], 30)
+    prompt = list(range(200, 220))
     held, model = stepped(served)
     async with running(held, prefill_chunk_tokens=8, max_stall_ms=max_stall_ms) as rig:
-        stream = asyncio.create_task(rig.answer(task_of([1], max_tokens=60)))
+        stream = asyncio.create_task(rig.answer(task_of([1], max_tokens=30)))
         model.allow(2)
         await until(lambda: len(model.steps) == 2)
         late = asyncio.create_task(rig.answer(task_of(prompt, max_tokens=5)))
@@ -295,7 +299,7 @@ async def test_known_tokens_come_in_pieces_beside_a_stream(loaded, served, max_s
 
     assert answers == [streamed, generate(loaded, prompt, 5)]
     # Its own token first: the stream had one in every step, until its end.
-    assert [step[0] for step in model.steps[:60]] == [1, *streamed[:-1]]
+    assert [step[0] for step in model.steps[:30]] == [1, *streamed[:-1]]
     taken = [step[1:] for step in model.steps if len(step) > 1]
     assert [len(piece) for piece in taken] == pieces + [1] * 4
     assert [token for piece in taken[:-4] for token in piece] == prompt
@@ -425,18 +429,14 @@ async def test_a_slow_reader_stops_only_his_own_sequence(loaded, served):
         await until(lambda: not unread.has_room)
         assert len(unread.sequence.token_ids) == READER_CAPACITY
 
-        rest = []
-        async for delta in unread:
-            rest += delta.token_ids
-        assert rest == generate(loaded, PROMPT, 100)
+        assert await read(unread) == generate(loaded, PROMPT, 100)
 
 
 async def test_tokens_that_waited_come_as_one_delta(loaded, served):
-    async with running(served) as rig:
-        async with rig.started(task_of(PROMPT, max_tokens=10)) as generation:
-            await until(lambda: len(generation._waiting) == 10)
+    async with running(served) as rig, rig.started(task_of(PROMPT, max_tokens=10)) as generation:
+        await until(lambda: len(generation._waiting) == 10)
 
-            deltas = [delta async for delta in generation]
+        deltas = [delta async for delta in generation]
 
     [delta] = deltas
     assert list(delta.token_ids) == generate(loaded, PROMPT, 10)
@@ -453,19 +453,39 @@ async def test_an_error_of_the_model_fails_the_sequences_of_its_step_and_no_othe
         model.allow(READER_CAPACITY)
         await until(lambda: not paused.has_room)
 
-        tasks = [asyncio.create_task(rig.answer(task_of(p))) for p in ([66, 1], [3, 4])]
+        tasks = [asyncio.create_task(rig.answer(task_of(p))) for p in ([3, 4], [66, 1])]
         await until(lambda: rig.engine.num_running == 3)
         model.allow_all()
-        broken, beside = await asyncio.gather(*tasks, return_exceptions=True)
+        beside, broken = await asyncio.gather(*tasks, return_exceptions=True)
         later = await rig.answer(task_of([3, 4]))
         went_on = [token async for delta in paused for token in delta.token_ids]
 
     assert isinstance(broken, RuntimeError)
-    # The other may have been in an earlier step, of its own, and is then in the next as well.
+    # It came first, so it is in the step that fails, whether or not it has had one before.
     assert isinstance(beside, RuntimeError)
     assert later == generate(loaded, [3, 4], 20)
     assert went_on == generate(loaded, PROMPT, 100)
     rig.check_nothing_left()
+
+
+class KVWithoutRoom(SequenceKV):
+    """Cannot be compressed when it is full."""
+
+    def make_room(self, num_tokens: int) -> None:
+        if self.num_tokens > 8:
+            raise ValueError("nothing to drop")
+
+
+async def test_kv_that_cannot_be_compressed_fails_only_its_sequence(loaded, served):
+    async with running(served) as rig:
+        full = rig.started(task_of(PROMPT), KVWithoutRoom)
+        async with full as generation, rig.started(task_of([1, 2, 3])) as other:
+            with pytest.raises(ValueError, match="nothing to drop"):
+                await read(generation)
+            assert await read(other) == generate(loaded, [1, 2, 3], 20)
+        rig.check_nothing_left()
+
+    assert generation.sequence.token_ids == generate(loaded, PROMPT, 5)
 
 
 class BrokenTokenizer:

@@ -54,7 +54,6 @@ def run(text: str, sampling: SamplingSettings, *, resumed=(), max_tokens: int = 
         max_tokens=max_tokens,
         num_resumed_tokens=len(resumed),
         prompt_token_ids=conversation,
-        cache=None,  # the engine's alone
     )
     sequence = DecodeSequence(task, tokenizer=TOKENIZER, eos_token_ids=frozenset({EOS_TOKEN_ID}))
     seen, deltas = NUM_CACHED, []

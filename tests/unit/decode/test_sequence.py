@@ -20,7 +20,6 @@ def sequence_of(
         sampling=SamplingSettings(**sampling),
         max_tokens=max_tokens,
         prompt_token_ids=pending,
-        cache=None,  # the engine's alone
     )
     return DecodeSequence(task, tokenizer=TOKENIZER, eos_token_ids=frozenset({EOS_TOKEN_ID}))
 
