@@ -16,11 +16,32 @@ from dataclasses import dataclass
 import chunkkv
 from chunkserve.v1 import manifest_pb2, session_pb2
 from services.compress.memory import ReceivePool
-from services.runtime.errors import CorruptError, InvalidRequestError, MismatchError
+from services.runtime.errors import (
+    CorruptError,
+    InvalidRequestError,
+    MismatchError,
+    NotFoundError,
+)
+from services.runtime.telemetry import get_logger
 from services.store.base import SegmentStore
+
+_log = get_logger()
 
 # Changes when segments of the same name would mean something else.
 _ID_VERSION = b"segment/1"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSegment:
+    """A span under its name, ready to be stored.
+
+    Attributes:
+        segment: The manifest's entry.
+        encoded: Header and parts; the parts may be views of the span's memory.
+    """
+
+    segment: session_pb2.Segment
+    encoded: chunkkv.EncodedKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +119,12 @@ def store_segment(
     *,
     ttl_s: float,
 ) -> session_pb2.Segment:
-    """Store a span that follows the manifest's last segment, unless the store has it already.
+    """Encode and store a span that follows the manifest's last segment; see ``put_encoded``."""
+    return put_encoded(store, encode_segment(kv, manifest), ttl_s=ttl_s)
 
-    Raises:
-        UnavailableError, OverloadedError: The store is away, or full.
-    """
+
+def encode_segment(kv: chunkkv.CompressedKV, manifest: manifest_pb2.Manifest) -> EncodedSegment:
+    """Name and encode a span that follows the manifest's last segment."""
     name = segment_id(
         manifest,
         num_tokens=kv.num_tokens,
@@ -110,23 +132,50 @@ def store_segment(
         fingerprint=kv.shape.fingerprint,
     )
     encoded = chunkkv.encode(kv, identity=name)
-    if not store.has_segment(name, ttl_s=ttl_s):
-        store.put_segment(name, encoded.header, encoded.parts, ttl_s=ttl_s)
-    return describe(name, kv.shape, encoded.size_bytes)
+    return EncodedSegment(describe(name, kv.shape, encoded.size_bytes), encoded)
+
+
+def put_encoded(
+    store: SegmentStore, encoded: EncodedSegment, *, ttl_s: float
+) -> session_pb2.Segment:
+    """Store a segment, unless the store has it already, with a header that is not damaged.
+
+    Returns:
+        The manifest's entry for what is stored.
+
+    Raises:
+        UnavailableError, OverloadedError: The store is away, or full.
+        MismatchError: Something else is stored under this name.
+    """
+    name = encoded.segment.segment_id
+    found = find_segment(store, name, ttl_s=ttl_s)
+    if found is not None:
+        return found
+    store.put_segment(name, encoded.encoded.header, encoded.encoded.parts, ttl_s=ttl_s)
+    return encoded.segment
 
 
 def find_segment(store: SegmentStore, name: str, *, ttl_s: float) -> session_pb2.Segment | None:
     """Return the segment of this name if the store has it, its life extended.
 
+    One with a damaged header counts as absent, so that it is computed again and replaced: nobody
+    who needs the same span has to wait until it expires. Parts are not looked at.
+
     Raises:
-        CorruptError: It is damaged.
+        MismatchError: Something else is stored under this name.
     """
-    if not store.has_segment(name, ttl_s=ttl_s):
+    try:
+        if not store.has_segment(name, ttl_s=ttl_s):
+            return None
+        data = store.get_header(name)
+        with library_errors():
+            header = chunkkv.read_header(data)
+            header.expect(identity=name)
+    except NotFoundError:  # it expired in between
         return None
-    data = store.get_header(name)
-    with library_errors():
-        header = chunkkv.read_header(data)
-        header.expect(identity=name)
+    except CorruptError as error:
+        _log.warning("segment.damaged", segment_id=name, error=error.message)
+        return None
     return describe(name, header.shape, header.size_bytes + len(data))
 
 

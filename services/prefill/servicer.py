@@ -15,11 +15,12 @@ from services.compress import policy as policies
 from services.compress.memory import ReceivePool
 from services.compress.segments import (
     covered_tokens,
+    encode_segment,
     fetched_segments,
     find_segment,
     library_errors,
+    put_encoded,
     segment_id,
-    store_segment,
 )
 from services.models.chat import tokenize
 from services.models.loader import LoadedModel
@@ -119,12 +120,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         start = covered_tokens(manifest)
         past = await asyncio.to_thread(self._open, manifest)
         result = await self._runner.run(manifest.token_ids[start : start + span], past, policy)
-        segment, store_ms = await _timed(
-            lambda: store_segment(self._store, result.kv, manifest, ttl_s=ttl_s)
-        )
+        encoded, encode_ms = await _timed(lambda: encode_segment(result.kv, manifest))
+        segment, store_ms = await _timed(lambda: put_encoded(self._store, encoded, ttl_s=ttl_s))
         response.num_prefilled_tokens = span
         response.prefill_ms = result.prefill_ms
-        response.compression_ms = result.compression_ms
+        response.compression_ms = result.compression_ms + encode_ms
         response.store_ms = store_ms
         return segment
 

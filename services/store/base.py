@@ -77,7 +77,11 @@ class SegmentStore(Protocol):
     """
 
     def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
-        """Whether the segment is complete; if it is, its life is extended to at least ``ttl_s``."""
+        """Whether the segment is complete; if it is, its life is extended to at least ``ttl_s``.
+
+        Raises:
+            CorruptError: Its header is damaged.
+        """
 
     def put_segment(
         self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
@@ -85,7 +89,8 @@ class SegmentStore(Protocol):
         """Store parts first, the header last.
 
         Storing the same segment again is harmless: the first complete copy stays, and its life is
-        extended. To replace a damaged one, delete it first.
+        extended. A copy with a damaged header is replaced; to replace one with damaged parts,
+        delete it first.
         """
 
     def get_header(self, segment_id: str) -> bytes:
@@ -93,6 +98,7 @@ class SegmentStore(Protocol):
 
         Raises:
             NotFoundError: There is none (reason ``SEGMENT_NOT_FOUND``).
+            CorruptError: It is damaged.
         """
 
     def fetch_parts(
@@ -109,11 +115,14 @@ class SegmentStore(Protocol):
 
         Raises:
             NotFoundError: A part is missing.
-            CorruptError: A part has another size than the header says.
+            CorruptError: The header is damaged, or a part has another size than it says.
         """
 
     def delete_segments(self, segment_ids: Iterable[str]) -> None:
-        """Delete segments that nobody else can name (those of one-off requests)."""
+        """Delete segments that nobody else can name (those of one-off requests).
+
+        Of a segment with a damaged header only that is deleted: its parts expire.
+        """
 
 
 class SessionStore(Protocol):
@@ -153,6 +162,7 @@ class SessionStore(Protocol):
         Raises:
             ConflictError: Another version is stored.
             NotFoundError: The session, or one of the segments, is gone.
+            CorruptError: The header of a segment is damaged.
         """
 
     async def delete_manifest(self, tenant: str, session_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Names of the keys, and nothing else.
+"""Names of the keys, and what a segment's header key says of its parts.
 
 Every name begins with the version of the layout, so that two releases can share a server. What
 must be changed together lies in one slot of Redis Cluster: the part of a name in braces is the
@@ -9,14 +9,18 @@ the tenant is in its keys as well.
 from __future__ import annotations
 
 import struct
+import zlib
 from urllib.parse import quote
 
-_VERSION = "cs1"
+from services.runtime.errors import CorruptError
 
-# What precedes a segment's header in its key: number of parts, and the name of the copy whose
-# parts these are.
-_RECORD = struct.Struct(">I8s")
-RECORD_SIZE = _RECORD.size
+_VERSION = "cs2"
+
+# What precedes a segment's header in its key: checksum over the segment's id and everything behind
+# the checksum, number of parts, and the name of the copy whose parts these are.
+_CHECKSUM = struct.Struct(">I")
+_PARTS = struct.Struct(">I8s")
+RECORD_SIZE = _CHECKSUM.size + _PARTS.size
 COPY_SIZE = 8
 
 
@@ -63,21 +67,33 @@ def segment_part(segment_id: str, copy: bytes, index: int) -> str:
     return f"{_VERSION}:{_segment_tag(segment_id)}:{copy.hex()}:{index}"
 
 
-def segment_record(num_parts: int, copy: bytes) -> bytes:
-    """What precedes the header: which parts belong to it."""
-    return _RECORD.pack(num_parts, copy)
+def segment_value(segment_id: str, copy: bytes, num_parts: int, header: bytes) -> bytes:
+    """What the header's key holds: which parts belong to it, then the header."""
+    checked = _PARTS.pack(num_parts, copy) + header
+    return _CHECKSUM.pack(_checksum(segment_id, checked)) + checked
 
 
-def segment_parts(segment_id: str, record: bytes) -> list[str]:
-    """Keys of the parts that a record, or a header's whole value, names.
+def segment_parts(segment_id: str, value: bytes) -> list[str]:
+    """Keys of the parts that the header's key names.
+
+    Args:
+        segment_id: Whose key.
+        value: All that the key holds: part of it cannot be checked.
 
     Raises:
-        ValueError: The record is cut short.
+        CorruptError: It is damaged, or another segment's.
     """
-    if len(record) < RECORD_SIZE:
-        raise ValueError(f"record of {len(record)} bytes; it has {RECORD_SIZE}")
-    num_parts, copy = _RECORD.unpack_from(record)
+    num_parts, copy = _PARTS.unpack_from(_checked(segment_id, value))
     return [segment_part(segment_id, copy, index) for index in range(num_parts)]
+
+
+def stored_header(segment_id: str, value: bytes) -> bytes:
+    """The header in what its key holds.
+
+    Raises:
+        CorruptError: It is damaged, or another segment's.
+    """
+    return _checked(segment_id, value)[_PARTS.size :]
 
 
 def worker(worker_id: str) -> str:
@@ -88,6 +104,23 @@ def worker(worker_id: str) -> str:
 def worker_index() -> str:
     """Set of the ids of workers that may live."""
     return f"{_VERSION}:{{workers}}"
+
+
+def _checked(segment_id: str, value: bytes) -> bytes:
+    """Return what lies behind the checksum."""
+    checked = value[_CHECKSUM.size :]
+    expected = _CHECKSUM.pack(_checksum(segment_id, checked))
+    if len(value) < RECORD_SIZE or not value.startswith(expected):
+        raise CorruptError(
+            f"segment {segment_id}: the {len(value)} bytes of its header key do not match their"
+            " checksum",
+            resource=("segment", segment_id),
+        )
+    return checked
+
+
+def _checksum(segment_id: str, checked: bytes) -> int:
+    return zlib.crc32(checked, zlib.crc32(segment_id.encode()))
 
 
 def _session_tag(tenant: str, session_id: str) -> str:

@@ -40,7 +40,11 @@ class RedisSegments:
         self._where = where
 
     def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
-        """Whether the segment is complete; if it is, its life is extended to ``ttl_s``."""
+        """Whether the segment is complete; if it is, its life is extended to ``ttl_s``.
+
+        Raises:
+            CorruptError: What says which parts belong to it is damaged, or the header is.
+        """
         lifetime = ttl_ms(ttl_s)
         with store_errors(self._where):
             return self._at_node(segment_id, lambda node: _extend(node, segment_id, lifetime))
@@ -48,7 +52,7 @@ class RedisSegments:
     def put_segment(
         self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
     ) -> None:
-        """Store parts first, the header last. The first complete copy stays.
+        """Store parts first, the header last. The first complete and undamaged copy stays.
 
         Raises:
             ValueError: A part is larger than ``MAX_PART_BYTES``.
@@ -63,12 +67,11 @@ class RedisSegments:
 
     def get_header(self, segment_id: str) -> bytes:
         """Return the header."""
-        key = keys.segment_header(segment_id)
         with store_errors(self._where):
-            value = self._at_node(segment_id, lambda node: cast("bytes | None", node.get(key)))
+            value = self._at_node(segment_id, lambda node: _read(node, segment_id))
         if value is None:
             raise segment_not_found(segment_id)
-        return value[keys.RECORD_SIZE :]
+        return keys.stored_header(segment_id, value)
 
     def fetch_parts(
         self, segment_id: str, part_sizes: Sequence[int], out: memoryview
@@ -110,10 +113,10 @@ class RedisSegments:
                 self._at_node(segment_id, partial(_delete, segment_id=segment_id))
 
     def _part_keys(self, segment_id: str) -> list[str]:
-        record = self._at_node(segment_id, lambda node: _read_record(node, segment_id))
-        if not record:
+        value = self._at_node(segment_id, lambda node: _read(node, segment_id))
+        if value is None:
             raise segment_not_found(segment_id)
-        return keys.segment_parts(segment_id, record)
+        return keys.segment_parts(segment_id, value)
 
     def _at_node(self, segment_id: str, operation: Callable[[redis.Redis], _T]) -> _T:
         """Run an operation, which may be run twice, at the node that holds the segment."""
@@ -138,15 +141,15 @@ def _put(
 ) -> None:
     copy = os.urandom(keys.COPY_SIZE)
     part_keys = [keys.segment_part(segment_id, copy, index) for index in range(len(parts))]
-    value = keys.segment_record(len(parts), copy) + bytes(header)
+    value = keys.segment_value(segment_id, copy, len(parts), bytes(header))
     key = keys.segment_header(segment_id)
     try:
         with _exclusive_connection(node) as connection:
             wire.send_values(connection, part_keys, parts, ttl_ms=lifetime)
         if node.set(key, value, px=lifetime, nx=True):
             return
-        if not _extend(node, segment_id, lifetime):
-            # The copy that is there has lost parts: ours replaces it.
+        if not _extend_intact(node, segment_id, lifetime):
+            # The copy that is there is damaged or has lost parts: ours replaces it.
             node.set(key, value, px=lifetime)
             return
     except redis.exceptions.OutOfMemoryError:
@@ -157,11 +160,18 @@ def _put(
     _unlink(node, part_keys)
 
 
-def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
-    record = _read_record(node, segment_id)
-    if not record:
+def _extend_intact(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
+    try:
+        return _extend(node, segment_id, lifetime)
+    except CorruptError:
         return False
-    names = [keys.segment_header(segment_id), *keys.segment_parts(segment_id, record)]
+
+
+def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
+    value = _read(node, segment_id)
+    if value is None:
+        return False
+    names = [keys.segment_header(segment_id), *keys.segment_parts(segment_id, value)]
     pipeline = node.pipeline(transaction=False)
     for name in names:
         pipeline.pexpire(name, lifetime, gt=True)
@@ -170,14 +180,19 @@ def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
 
 
 def _delete(node: redis.Redis, segment_id: str) -> None:
-    record = _read_record(node, segment_id)
-    if record:
-        _unlink(node, [keys.segment_header(segment_id), *keys.segment_parts(segment_id, record)])
+    value = _read(node, segment_id)
+    if value is None:
+        return
+    # Parts that nothing names any more expire.
+    part_keys: list[str] = []
+    with contextlib.suppress(CorruptError):
+        part_keys = keys.segment_parts(segment_id, value)
+    _unlink(node, [keys.segment_header(segment_id), *part_keys])
 
 
-def _read_record(node: redis.Redis, segment_id: str) -> bytes:
-    key = keys.segment_header(segment_id)
-    return cast(bytes, node.getrange(key, 0, keys.RECORD_SIZE - 1))
+def _read(node: redis.Redis, segment_id: str) -> bytes | None:
+    """Return all that the header's key holds; ``None`` if there is none."""
+    return cast("bytes | None", node.get(keys.segment_header(segment_id)))
 
 
 def _unlink(node: redis.Redis, names: Sequence[str]) -> None:

@@ -227,21 +227,20 @@ class RedisSessions:
 
         Raises:
             NotFoundError: A segment is gone, or is not complete any more.
+            CorruptError: What says which parts a segment has is damaged.
         """
         if not segment_ids:
             return
         pipeline = self._client.pipeline(transaction=False)
         for segment_id in segment_ids:
-            pipeline.execute_command(
-                "GETRANGE", keys.segment_header(segment_id), 0, keys.RECORD_SIZE - 1
-            )
-        records = await pipeline.execute()
+            pipeline.execute_command("GET", keys.segment_header(segment_id))
+        values = await pipeline.execute()
 
         names = {}
-        for segment_id, record in zip(segment_ids, records, strict=True):
-            if not record:
+        for segment_id, value in zip(segment_ids, values, strict=True):
+            if value is None:
                 raise segment_not_found(segment_id)
-            parts = keys.segment_parts(segment_id, record)
+            parts = keys.segment_parts(segment_id, value)
             names[segment_id] = [keys.segment_header(segment_id), *parts]
 
         pipeline = self._client.pipeline(transaction=False)

@@ -21,12 +21,14 @@ import chunkkv
 from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
 from services.compress.memory import ReceivePool
 from services.compress.segments import fetched_segments
+from services.prefill import runner as prefill_runner
+from services.prefill import servicer as prefill_servicer
 from services.prefill.config import PrefillSettings
 from services.prefill.runner import PrefillRunner
 from services.prefill.servicer import PrefillServicer
 from services.runtime.errors import OverloadedError
 from services.runtime.server import GrpcServer, open_channel
-from services.store import Store
+from services.store import Store, keys
 
 POLICY = types_pb2.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
 IDS = [1 + i * 7 % 250 for i in range(60)]
@@ -105,6 +107,84 @@ async def test_an_equal_prefix_is_found_and_not_computed(stub):
 
     assert second.manifest.segments == first.manifest.segments
     assert second.num_prefilled_tokens == 0
+
+
+async def test_an_equal_prefix_with_a_damaged_header_is_computed_again_and_replaced(
+    stub, valkey_url
+):
+    first = await stub.Prefill(request(session(), IDS))
+    with redis.Redis.from_url(valkey_url) as client:
+        [header] = client.scan_iter("*:header")
+        client.setrange(header, 30, b"\xff\x00\xff")
+    other = session()
+    other.session_id = "other"
+
+    second = await stub.Prefill(request(other, IDS))
+    third = await stub.Prefill(request(first.manifest, IDS))
+
+    assert second.num_prefilled_tokens == 59
+    assert third.manifest.segments[0] == second.manifest.segments[0] == first.manifest.segments[0]
+
+
+async def test_an_equal_prefix_that_expires_while_it_is_looked_for_is_computed_again(
+    store, valkey_url
+):
+    class Expiring:
+        """The store, with headers that expire as soon as they were asked for."""
+
+        def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
+            found = store.has_segment(segment_id, ttl_s=ttl_s)
+            with redis.Redis.from_url(valkey_url) as client:
+                client.delete(keys.segment_header(segment_id))
+            return found
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    async with serving(Expiring()) as stub:
+        first = await stub.Prefill(request(session(), IDS))
+
+        second = await stub.Prefill(request(session(), IDS))
+
+    assert second.num_prefilled_tokens == 59
+    assert second.manifest.segments == first.manifest.segments
+
+
+async def test_encoding_is_time_of_compression_and_not_of_the_store(store, monkeypatch):
+    now_s = 0.0
+
+    class Clock:
+        """Stands for the module ``time``: only encoding and storing take any."""
+
+        @staticmethod
+        def perf_counter() -> float:
+            return now_s
+
+    def encode(*args: object, **kwargs: object) -> chunkkv.EncodedKV:
+        nonlocal now_s
+        now_s += 1
+        return encode_for_real(*args, **kwargs)
+
+    class SlowStore:
+        """The store, with a clock that shows what it takes."""
+
+        def put_segment(self, *args: object, **kwargs: object) -> None:
+            nonlocal now_s
+            now_s += 4
+            store.put_segment(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+    encode_for_real = chunkkv.encode
+    monkeypatch.setattr(chunkkv, "encode", encode)
+    monkeypatch.setattr(prefill_servicer, "time", Clock)
+    monkeypatch.setattr(prefill_runner, "time", Clock)
+    async with serving(SlowStore()) as stub:
+        answer = await stub.Prefill(request(session(), IDS))
+
+    assert answer.compression_ms == 1000
+    assert answer.store_ms == 4000
 
 
 async def test_one_off_requests_share_nothing(stub):

@@ -103,7 +103,7 @@ def acl_server() -> Iterator[Server]:
             ACL_USER,
             enabled=True,
             passwords=[f"+{ACL_PASSWORD}"],
-            keys=["cs1:*"],
+            keys=["cs2:*"],
             categories=["+@all", "-@dangerous", "-@admin"],
         )
         credentials = f"{quote(ACL_USER, safe='')}:{quote(ACL_PASSWORD, safe='')}@"
@@ -188,7 +188,7 @@ def _node_options() -> EmbeddedOptions:
         extra={
             "cluster-enabled": "yes",
             "cluster-port": str(_free_port()),
-            "cluster-node-timeout": "2000",
+            "cluster-node-timeout": "20000",
         },
     )
 

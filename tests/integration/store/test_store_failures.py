@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
@@ -100,7 +101,7 @@ async def test_a_server_that_does_not_answer_is_given_up(name: str, hung_url: st
         with pytest.raises(UnavailableError, match="imeout"):
             await call(name, store)
 
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -153,9 +154,12 @@ async def test_server_killed_in_the_middle_of_a_fetch(own_server: EmbeddedValkey
 async def test_server_that_stalls_in_the_middle_of_a_fetch_is_given_up(
     own_server: EmbeddedValkey,
 ):
-    async with opened(f"{own_server.url}?socket_timeout=0.2") as store:
+    async with (
+        opened(own_server.url) as patient,
+        opened(f"{own_server.url}?socket_timeout=2") as store,
+    ):
         sizes = [4 * MIB] * 8
-        store.put_segment("s", b"h", [bytes(size) for size in sizes], ttl_s=60)
+        patient.put_segment("s", b"h", [bytes(size) for size in sizes], ttl_s=60)
         fetching = iter(store.fetch_parts("s", sizes, memoryview(bytearray(sum(sizes)))))
         next(fetching)
         os.kill(own_server.pid, signal.SIGSTOP)
@@ -168,27 +172,47 @@ async def test_server_that_stalls_in_the_middle_of_a_fetch_is_given_up(
         assert store.get_header("s") == b"h"
 
 
-async def test_a_put_that_is_cut_off_leaves_nothing_visible(own_server: EmbeddedValkey, until):
-    parts = [memoryview(bytes(4 * MIB))] * 64
-    with redis.Redis.from_url(own_server.url) as client:
-        async with opened(own_server.url) as store:
-            putting = asyncio.create_task(
-                asyncio.to_thread(store.put_segment, "s", b"h", parts, ttl_s=60)
-            )
-            await asyncio.to_thread(until, lambda: client.dbsize() > 0)
-            client.client_pause(60_000, all=False)
-            client.client_kill_filter(_type="normal", skipme=True)
-            with pytest.raises(UnavailableError):
-                await putting
-            client.client_unpause()
+@contextlib.asynccontextmanager
+async def cut_off_after(num_bytes: int, server: EmbeddedValkey) -> AsyncIterator[str]:
+    """A way to a server, by its URL, that breaks once so many bytes were sent."""
+    [path] = re.findall(r"unix://([^?]+)", server.url)
 
-            assert 0 < client.dbsize() < len(parts)
-            assert all(client.ttl(key) > 0 for key in client.scan_iter())
-            assert not store.has_segment("s", ttl_s=60)
-            with pytest.raises(NotFoundError):
-                store.get_header("s")
-            store.put_segment("s", b"h", parts[:2], ttl_s=60)
-            assert store.has_segment("s", ttl_s=60)
+    async def answer(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        while data := await source.read(MIB):
+            sink.write(data)
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        answers, to_server = await asyncio.open_unix_connection(path)
+        answering = asyncio.create_task(answer(answers, sink))
+        left = num_bytes
+        while left and (data := await source.read(min(left, MIB))):
+            to_server.write(data)
+            await to_server.drain()
+            left -= len(data)
+        answering.cancel()
+        for end in (sink, to_server):
+            end.transport.abort()
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+async def test_a_put_that_is_cut_off_leaves_nothing_visible(own_server: EmbeddedValkey):
+    parts = [bytes(MIB) for _ in range(16)]
+    async with cut_off_after(8 * MIB, own_server) as url, opened(url) as cut_off:
+        with pytest.raises(UnavailableError):
+            await asyncio.to_thread(cut_off.put_segment, "s", b"h", parts, ttl_s=60)
+
+    with redis.Redis.from_url(own_server.url) as client:
+        assert 0 < client.dbsize() < len(parts)
+        assert all(client.ttl(key) > 0 for key in client.scan_iter())
+    async with opened(own_server.url) as store:
+        assert not store.has_segment("s", ttl_s=60)
+        with pytest.raises(NotFoundError):
+            store.get_header("s")
+        store.put_segment("s", b"h", parts[:2], ttl_s=60)
+        assert store.has_segment("s", ttl_s=60)
 
 
 # Full
@@ -258,7 +282,7 @@ async def test_a_wrong_password_is_named_but_not_shown():
 
 async def test_a_user_without_permission_is_told_so(acl_server):
     acl_server.nodes[0].acl_setuser(
-        "reader", enabled=True, nopass=True, keys=["cs1:*"], categories=["+@read", "+@connection"]
+        "reader", enabled=True, nopass=True, keys=["cs2:*"], categories=["+@read", "+@connection"]
     )
     url = acl_server.url.split("@")[1]
     async with opened(f"redis://reader:any@{url}") as store:
@@ -331,7 +355,7 @@ async def test_slots_that_moved_are_found_again(cluster_server):
     async with opened(cluster_server.url) as store:
         store.put_segment("s", b"h", [b"aa", b"bb"], ttl_s=60)
         await store.create_manifest("t", "s", b"v1", ttl_s=60)
-        for name in ("cs1:{s}:header", "cs1:{t/s}:manifest"):
+        for name in ("cs2:{s}:header", "cs2:{t/s}:manifest"):
             _move_slot(cluster_server, name)
 
         assert store.get_header("s") == b"h"
@@ -380,11 +404,13 @@ async def test_a_heartbeat_survives_an_outage(own_server: EmbeddedValkey, tmp_pa
 
     async def several_beats() -> None:
         for _ in range(beats.qsize() + 3):
-            await asyncio.wait_for(beats.get(), 10)
+            await asyncio.wait_for(beats.get(), 30)
 
     async with opened(own_server.url) as store:
         with capture_logs() as logs:
-            beating = asyncio.create_task(keep_announced(store, describe, interval_s=0.02, ttl_s=5))
+            beating = asyncio.create_task(
+                keep_announced(store, describe, interval_s=0.02, ttl_s=60)
+            )
             await several_beats()
             os.kill(own_server.pid, signal.SIGKILL)
             own_server.stop()
@@ -413,7 +439,7 @@ async def test_a_heartbeat_ends_although_the_store_is_away(own_server: EmbeddedV
         beating.cancel()
 
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(beating, 10)
+            await asyncio.wait_for(beating, 30)
 
 
 @pytest.mark.parametrize(("interval_s", "ttl_s"), [(0, 5), (5, 5), (-1, 5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -104,6 +105,58 @@ def test_another_number_of_parts_than_the_header_lists_is_corrupt(store: Store):
 
     with pytest.raises(CorruptError, match="has 2 parts; its header lists 1"):
         fetch(store, "s", [2])
+
+
+def damages(value: bytes) -> Iterator[bytes]:
+    """Every value with one byte changed, and every one cut short."""
+    for i, byte in enumerate(value):
+        yield value[:i] + bytes([byte ^ 0x10]) + value[i + 1 :]
+        yield value[:i]
+
+
+def test_a_damaged_header_key_is_corrupt_however_it_is_used(store: Store, server):
+    store.put_segment("s", b"h", [b"aa", b"bb"], ttl_s=60)
+    key, node = server.only_key(ending=":header")
+
+    for damaged in damages(node.get(key)):
+        node.set(key, damaged, keepttl=True)
+        for use in (
+            lambda: store.has_segment("s", ttl_s=600),
+            lambda: store.get_header("s"),
+            lambda: fetch(store, "s", [2, 2]),
+        ):
+            with pytest.raises(CorruptError, match="do not match their checksum") as caught:
+                use()
+            assert caught.value.resource == ("segment", "s")
+
+    assert server.ttl_s(ending=":header") <= 60
+
+
+def test_a_copy_with_a_damaged_header_key_is_replaced(store: Store, server):
+    store.put_segment("s", b"h", [b"aa", b"bb"], ttl_s=60)
+    key, node = server.only_key(ending=":header")
+
+    for damaged in damages(node.get(key)):
+        node.set(key, damaged, keepttl=True)
+
+        store.put_segment("s", b"new", [b"cc"], ttl_s=60)
+
+        assert store.get_header("s") == b"new"
+        assert fetch(store, "s", [2]) == [b"cc"]
+
+
+def test_deleting_a_segment_with_a_damaged_header_key_touches_no_other_key(store: Store, server):
+    store.put_segment("s", b"h", [b"aa"], ttl_s=60)
+    key, node = server.only_key(ending=":header")
+    store.put_segment("other", b"h", [b"bb"], ttl_s=60)
+    before = set(server.holders())
+
+    for damaged in damages(node.get(key)):
+        node.set(key, damaged, px=60_000)
+
+        store.delete_segments(["s"])
+
+        assert set(server.holders()) == before - {key}
 
 
 def test_memory_that_is_too_small_is_refused(store: Store):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
 import torch
+from structlog.testing import capture_logs
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2, session_pb2
@@ -265,21 +266,71 @@ async def test_every_truncation_of_a_stored_part_is_refused(store: Store, client
             fetch(store, segment)
 
 
-async def test_every_flipped_byte_of_a_stored_header_is_refused(store: Store, client: redis.Redis):
-    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+def damaged_headers(client: redis.Redis, segment: session_pb2.Segment) -> Iterator[None]:
+    """Damage what is stored of a segment's header, once for each time round, in another way."""
     key = keys.segment_header(segment.segment_id)
     intact: Any = client.get(key)
+    for offset, byte in enumerate(intact):
+        for damaged in (
+            intact[:offset] + bytes([byte ^ 0x10]) + intact[offset + 1 :],
+            intact[:offset],
+        ):
+            client.set(key, damaged, px=int(TTL_S * 1000))
+            yield
 
-    for offset in range(keys.RECORD_SIZE, len(intact)):
-        client.setrange(key, offset, bytes([intact[offset] ^ 0x10]))
-        for use in (lambda: fetch(store, segment), lambda: _find(store, segment)):
-            with pytest.raises((CorruptError, MismatchError)):
-                use()
-        client.setrange(key, offset, bytes([intact[offset]]))
+
+async def test_every_damage_of_a_stored_header_is_refused_by_whoever_needs_it(
+    store: Store, client: redis.Redis
+):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+
+    for _ in damaged_headers(client, segment):
+        with pytest.raises(CorruptError):
+            fetch(store, segment)
 
 
-def _find(store: Store, segment: session_pb2.Segment) -> Any:
-    return find_segment(store, segment.segment_id, ttl_s=TTL_S)
+async def test_every_damaged_header_counts_as_absent_for_who_would_save_work(
+    store: Store, client: redis.Redis
+):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+
+    for _ in damaged_headers(client, segment):
+        with capture_logs() as logs:
+            assert find_segment(store, segment.segment_id, ttl_s=TTL_S) is None
+
+        [line] = logs
+        assert (line["event"], line["log_level"]) == ("segment.damaged", "warning")
+        assert line["segment_id"] == segment.segment_id
+
+
+async def test_segment_with_a_damaged_header_is_replaced(store: Store, client: redis.Redis):
+    segment = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+    made = span(num_tokens=2, head_dim=1).memory.numpy().tobytes()
+
+    for _ in damaged_headers(client, segment):
+        again = stored(store, session(num_tokens=2), num_tokens=2, head_dim=1)
+
+        assert again == segment
+        assert fetch(store, segment) == [made]
+
+
+async def test_segment_that_expires_while_it_is_looked_for_is_not_found(
+    store: Store, client: redis.Redis
+):
+    segment = stored(store, session())
+
+    class Expiring:
+        """The store, with a header that expires as soon as it was asked for."""
+
+        def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
+            found = store.has_segment(segment_id, ttl_s=ttl_s)
+            client.delete(keys.segment_header(segment_id))
+            return found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    assert find_segment(cast(Store, Expiring()), segment.segment_id, ttl_s=TTL_S) is None
 
 
 async def test_part_of_another_segment_in_its_place_is_refused(store: Store, client: redis.Redis):
@@ -297,7 +348,10 @@ async def test_segment_under_anothers_name_is_refused(store: Store, client: redi
     store.put_segment("f" * 32, encoded.header, encoded.parts, ttl_s=TTL_S)
     segment.segment_id = "f" * 32
 
-    for use in (lambda: fetch(store, segment), lambda: _find(store, segment)):
+    for use in (
+        lambda: fetch(store, segment),
+        lambda: find_segment(store, segment.segment_id, ttl_s=TTL_S),
+    ):
         with pytest.raises(MismatchError, match="found its own name"):
             use()
 
@@ -311,9 +365,12 @@ async def test_segment_of_another_model_is_refused(store: Store):
     assert caught.value.error_reason == "MODEL_MISMATCH"
 
 
-async def test_segment_of_a_later_format_is_refused(store: Store, client: redis.Redis):
+async def test_segment_of_a_later_format_is_refused(store: Store):
     segment = stored(store, session())
-    client.setrange(keys.segment_header(segment.segment_id), keys.RECORD_SIZE + 4, b"\x02")
+    header = bytearray(store.get_header(segment.segment_id))
+    header[4] = 2
+    store.delete_segments([segment.segment_id])
+    store.put_segment(segment.segment_id, header, [], ttl_s=TTL_S)
 
     with pytest.raises(MismatchError, match="format version 2") as caught:
         fetch(store, segment)

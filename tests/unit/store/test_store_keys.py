@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
+from services.runtime.errors import CorruptError
 from services.store import keys
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -57,17 +60,17 @@ def test_every_name_is_plain_ascii_with_the_version(tenant: str, session_id: str
     name = keys.manifest(tenant, session_id)
 
     assert name.isascii()
-    assert name.startswith("cs1:{")
+    assert name.startswith("cs2:{")
     assert name.count("{") == name.count("}") == 1
 
 
 def test_names_as_an_operator_sees_them():
-    assert keys.manifest("default", "chat-1") == "cs1:{default/chat-1}:manifest"
-    assert keys.lease("default", "chat-1") == "cs1:{default/chat-1}:lease"
-    assert keys.session_index("default") == "cs1:{default}:sessions"
-    assert keys.segment_header("9f") == "cs1:{9f}:header"
-    assert keys.segment_part("9f", bytes(8), 2) == "cs1:{9f}:0000000000000000:2"
-    assert keys.worker("w-1") == "cs1:{workers}:w-1"
+    assert keys.manifest("default", "chat-1") == "cs2:{default/chat-1}:manifest"
+    assert keys.lease("default", "chat-1") == "cs2:{default/chat-1}:lease"
+    assert keys.session_index("default") == "cs2:{default}:sessions"
+    assert keys.segment_header("9f") == "cs2:{9f}:header"
+    assert keys.segment_part("9f", bytes(8), 2) == "cs2:{9f}:0000000000000000:2"
+    assert keys.worker("w-1") == "cs2:{workers}:w-1"
 
 
 @given(created_us=st.integers(0, 10**16 - 1), session_id=NAMES)
@@ -90,16 +93,44 @@ def test_other_text_is_no_index_member(member: bytes):
         keys.parse_index_member(member)
 
 
-def test_a_record_names_the_parts():
-    record = keys.segment_record(2, b"copyname")
+def test_the_header_key_names_the_parts_and_holds_the_header():
+    value = keys.segment_value("s", b"copyname", 2, b"header")
 
-    assert keys.segment_parts("s", record + b"header") == [
+    assert keys.segment_parts("s", value) == [
         keys.segment_part("s", b"copyname", 0),
         keys.segment_part("s", b"copyname", 1),
     ]
-    assert keys.segment_parts("s", keys.segment_record(0, b"copyname")) == []
+    assert keys.stored_header("s", value) == value[keys.RECORD_SIZE :] == b"header"
 
 
-def test_a_record_cut_short_is_refused():
-    with pytest.raises(ValueError, match="11 bytes; it has 12"):
-        keys.segment_parts("s", keys.segment_record(2, b"copyname")[:-1])
+def test_neither_parts_nor_header_are_needed():
+    value = keys.segment_value("s", b"copyname", 0, b"")
+
+    assert keys.segment_parts("s", value) == []
+    assert keys.stored_header("s", value) == b""
+
+
+@pytest.mark.parametrize("read", [keys.segment_parts, keys.stored_header])
+def test_every_flipped_byte_and_every_truncation_is_corrupt(
+    read: Callable[[str, bytes], object],
+):
+    value = keys.segment_value("s", b"copyname", 2, b"header")
+    flipped = [
+        value[:i] + bytes([value[i] ^ flip]) + value[i + 1 :]
+        for i in range(len(value))
+        for flip in range(1, 256)
+    ]
+    cut = [value[:length] for length in range(len(value))]
+
+    for damaged in (*flipped, *cut, value + b"\0"):
+        with pytest.raises(CorruptError, match=f"the {len(damaged)} bytes of its header key"):
+            read("s", damaged)
+
+
+def test_a_value_under_another_segments_key_is_corrupt():
+    value = keys.segment_value("s", b"copyname", 2, b"header")
+
+    with pytest.raises(CorruptError, match="segment other") as caught:
+        keys.segment_parts("other", value)
+
+    assert caught.value.resource == ("segment", "other")
