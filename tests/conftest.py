@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 
+import hypothesis
 import pytest
 import redis
 
 from services.local.model import ensure_demo_model
 from services.store import Store, open_store
 from services.store.embedded import EmbeddedOptions, EmbeddedValkey
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "chunkserve", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("chunkserve")
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ MODEL = "fake-model"
 FINGERPRINT = "fake-fingerprint"
 ANSWER = b"Paris."
 KV_BYTES_PER_TOKEN = 100
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 DEFAULT_POLICY = types_pb2.CompressionPolicy(keep_ratio=0.5, scorer=types_pb2.SCORER_WINDOW)
 

@@ -26,7 +26,7 @@ from chunkserve.v1 import (
 from services.runtime.errors import NotFoundError, ServiceError
 from services.runtime.interceptors import ErrorInterceptor
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,13 @@ async def test_named_delay_is_waited_for(client: Client, gateway: StandIn):
 
 
 async def test_delay_past_the_deadline_is_not_waited_for(client: Client, gateway: StandIn):
-    gateway.failures.append(away(60))
+    gateway.failures.append(away(240))
     start = time.monotonic()
 
     with pytest.raises(Unavailable):
-        await client.generate("hi", timeout_s=30).result()
+        await client.generate("hi", timeout_s=120).result()
 
-    assert time.monotonic() - start < WAIT_S
+    assert time.monotonic() - start < 60
     assert count(gateway, "Generate") == 1
 
 
@@ -160,8 +160,8 @@ async def test_attempts_share_one_deadline(client: Client, gateway: StandIn):
 async def test_closing_while_waiting_for_a_retry_sends_nothing_more(
     client: Client, gateway: StandIn
 ):
-    gateway.failures.append(away(0.3))
-    answer = client.generate("hi")
+    gateway.failures.append(away(30))
+    answer = client.generate("hi", timeout_s=120)
     reader = asyncio.create_task(answer.result())
     assert await asyncio.to_thread(gateway.arrived.wait, WAIT_S)
 

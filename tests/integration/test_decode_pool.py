@@ -100,7 +100,7 @@ class Pool:
         """Wait for its end, and make sure that nothing of it is left."""
         async with asyncio.timeout(timeout_s):
             self.rest, self.errors = (text.decode() for text in await self._process.communicate())
-        _, alive = psutil.wait_procs(self._descendants, timeout=10)
+        _, alive = psutil.wait_procs(self._descendants, timeout=STOP_S)
         assert alive == []
         assert self._process.returncode is not None
         return self._process.returncode
@@ -245,7 +245,9 @@ async def test_a_killed_worker_is_replaced_and_a_stopped_pool_leaves_nothing(
     valkey_url, store, model_path, ray_directory
 ):
     expected = generate(load_tiny(), PROMPT, 12)
-    async with running_pool(valkey_url, model_path, ray_directory, decode_replicas=2) as pool:
+    async with running_pool(
+        valkey_url, model_path, ray_directory, decode_replicas=2, heartbeat_ttl_s=10
+    ) as pool:
         event = await pool.ready()
         workers = await store.workers()
         assert sorted(event["workers"]) == sorted(worker.address for worker in workers)
@@ -309,6 +311,7 @@ async def test_a_pool_on_a_ray_of_others_leaves_it_running(
             ray_directory,
             ray_address=f"127.0.0.1:{port}",
             token=token,
+            heartbeat_ttl_s=10,
         ) as pool,
     ):
         await pool.ready()
@@ -353,6 +356,6 @@ async def test_only_workers_of_the_pool_count(store):
         for pool in ("decode-1", "decode-2")
     )
     for worker in (ours, other):
-        await store.announce(worker, ttl_s=5)
+        await store.announce(worker, ttl_s=60)
 
-    assert list(await wait_announced(store, "decode-1", 1, timeout_s=0.01)) == [ours]
+    assert list(await wait_announced(store, "decode-1", 1, timeout_s=30)) == [ours]

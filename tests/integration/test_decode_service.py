@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -447,26 +448,42 @@ async def test_segments_with_a_gap_are_refused(client, loaded, store):
     assert isinstance(await client.fails(manifest), MismatchError)
 
 
-async def test_a_turn_that_lost_the_race_is_not_committed(client, loaded, store):
+class HeldModel:
+    """The model, whose forward passes wait until it is let go."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.config, self.device = model.config, model.device
+        self.go = threading.Event()
+
+    def __call__(self, **inputs: Any) -> Any:
+        assert self.go.wait(DEADLINE_S)
+        return self._model(**inputs)
+
+
+async def test_a_turn_that_lost_the_race_is_not_committed(loaded, store):
+    held = HeldModel(loaded.model)
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
-    call = client.call(manifest)
-    await anext(aiter(call))
-    await store.commit_manifest(
-        "default",
-        "s-1",
-        manifest_pb2.Manifest(version=2).SerializeToString(),
-        expected_version=1,
-        ttl_s=TTL_S,
-        segment_ids=[],
-    )
+    async with running(dataclasses.replace(loaded, model=held), store) as client:
+        call = client.call(manifest)
+        await anext(aiter(call))
+        await store.commit_manifest(
+            "default",
+            "s-1",
+            manifest_pb2.Manifest(version=2).SerializeToString(),
+            expected_version=1,
+            ttl_s=TTL_S,
+            segment_ids=[],
+        )
 
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in call:
-            pass
+        held.go.set()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in call:
+                pass
 
-    assert isinstance(from_rpc_error(caught.value), ConflictError)
-    assert (await committed(store)).num_turns == 0
-    assert len(client.worker.resident) == 0
+        assert isinstance(from_rpc_error(caught.value), ConflictError)
+        assert (await committed(store)).num_turns == 0
+        assert len(client.worker.resident) == 0
 
 
 async def test_a_session_deleted_meanwhile_is_not_found(client, loaded, store):

@@ -105,7 +105,7 @@ def test_stream_without_an_end_is_an_error(gateway: StandIn):
 def test_deadline_is_an_error(gateway: StandIn):
     gateway.hang_at = 1
 
-    code, _, stderr = run(gateway, "one?", "two?", "--timeout", "1")
+    code, _, stderr = run(gateway, "one?", "two?", "--timeout", "3")
 
     assert code == 1
     assert "[DEADLINE_EXCEEDED]" in stderr

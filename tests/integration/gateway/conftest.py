@@ -14,7 +14,7 @@ from tests.fakes import FakeCluster
 @pytest.fixture
 async def cluster(store: Store) -> AsyncIterator[FakeCluster]:
     """A gateway without workers."""
-    async with FakeCluster(store, lease_ttl_s=3) as running:
+    async with FakeCluster(store) as running:
         yield running
 
 

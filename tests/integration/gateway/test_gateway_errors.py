@@ -249,7 +249,7 @@ async def test_a_store_that_went_away_is_unavailable_quickly(fields: dict[str, s
                 await cluster.sessions.ListSessions(session_pb2.ListSessionsRequest())
 
         await store.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert error_info(error).reason == "STORE_UNAVAILABLE"
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -36,8 +36,9 @@ async def test_a_created_session_is_shown_as_asked(cluster: FakeCluster) -> None
     assert (created.session_id, created.model, created.version) == ("s-1", MODEL, 1)
     assert created.compression == policy
     assert created.ttl == Duration(seconds=90)
-    assert abs(created.create_time.ToNanoseconds() / 1e9 - time.time()) < 5
-    assert abs(created.expire_time.ToNanoseconds() / 1e9 - time.time() - 90) < 5
+    now_s = time.time()
+    assert created.create_time.ToNanoseconds() / 1e9 == pytest.approx(now_s, rel=0, abs=30)
+    assert created.expire_time.ToNanoseconds() / 1e9 == pytest.approx(now_s + 90, rel=0, abs=30)
     shown.session.expire_time.CopyFrom(created.expire_time)
     assert shown.session == created
 
