@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from services.models.weights import WeightsDtype
 from services.runtime.config import ServiceSettings
 
 
@@ -17,6 +18,7 @@ class DecodeSettings(ServiceSettings):
         model_name: Name that requests give; the last part of ``model`` if empty.
         device: A torch device.
         dtype: Of the weights; ``auto``: as stored.
+        weights_dtype: Of the linear layers while they work (``services.models.weights``).
         torch_threads: Threads of one forward pass; 0: torch's default.
         decode_replicas: Workers of the pool.
         decode_host: Host that a worker's gRPC server binds.
@@ -43,6 +45,7 @@ class DecodeSettings(ServiceSettings):
     model_name: str = ""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights_dtype: WeightsDtype = "auto"
     torch_threads: int = Field(default=0, ge=0)
     decode_replicas: int = Field(default=1, ge=1)
     decode_host: str = "127.0.0.1"

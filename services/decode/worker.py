@@ -143,5 +143,9 @@ def load(settings: DecodeSettings) -> LoadedModel:
     # Ray sets OMP_NUM_THREADS to a replica's share of CPUs, so torch's own default is of no use.
     torch.set_num_threads(settings.torch_threads or len(os.sched_getaffinity(0)))
     return load_model(
-        settings.model, name=settings.model_name, device=settings.device, dtype=settings.dtype
+        settings.model,
+        name=settings.model_name,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights_dtype=settings.weights_dtype,
     )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chunkkv
+from services.models.weights import WeightsDtype, pack_weights
 
 # A damaged file; a device that is not there (torch built without it fails an assertion).
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, AssertionError, SafetensorError)
@@ -46,7 +47,12 @@ class LoadedModel:
 
 
 def load_model(
-    path: str, *, name: str = "", device: str = "cpu", dtype: str = "auto"
+    path: str,
+    *,
+    name: str = "",
+    device: str = "cpu",
+    dtype: str = "auto",
+    weights_dtype: WeightsDtype = "model",
 ) -> LoadedModel:
     """Load a model and its tokenizer.
 
@@ -55,9 +61,12 @@ def load_model(
         name: The name that requests give; the last part of ``path`` if empty.
         device: A torch device, for example ``cpu`` or ``cuda:0``.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        weights_dtype: Of the linear layers while they work (:func:`pack_weights`). Whatever it
+            is, the model's identity is that of the weights as loaded.
 
     Raises:
-        SystemExit: There is no such model, or it cannot be read; the message says which.
+        SystemExit: There is no such model, it cannot be read, or its weights cannot be had in
+            that form; the message says which.
     """
     torch_dtype = dtype if dtype == "auto" else DTYPES[dtype]
     try:
@@ -65,11 +74,16 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path)
     except _LOAD_ERRORS as error:
         raise SystemExit(f"cannot load the model {path!r}: {error}") from error
+    fingerprint = chunkkv.model_fingerprint(model)
+    try:
+        pack_weights(model, weights_dtype)
+    except ValueError as error:
+        raise SystemExit(f"cannot load the model {path!r}: {error}") from error
     return LoadedModel(
         name=name or os.path.basename(os.path.normpath(path)),
         model=model,
         tokenizer=tokenizer,
-        fingerprint=chunkkv.model_fingerprint(model),
+        fingerprint=fingerprint,
         max_model_len=int(model.config.get_text_config().max_position_embeddings),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )

@@ -6,7 +6,8 @@ the weights come in. Knows linear layers; knows nothing of attention, embeddings
 
 from __future__ import annotations
 
-from typing import Final, Literal, get_args
+from collections import defaultdict
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,29 +21,38 @@ _ROWS_HINT: Final = 8
 # torch's int8 kernel reads weights in such steps, past their end if there is a rest.
 _INT8_STEP: Final = 16
 
+# Of a float16 model, none: few CPUs multiply it.
+_AUTO: Final[dict[torch.dtype, WeightsDtype]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+}
+
 _log = get_logger()
 
 
-def pack_weights(model: nn.Module, weights_dtype: WeightsDtype = "auto") -> WeightsDtype:
+def pack_weights(model: Any, weights_dtype: WeightsDtype = "auto") -> WeightsDtype:
     """Bring the linear layers of a model into one form, in place.
 
     Each ``nn.Linear`` gives way to a module that holds its weight in that form only, and takes
     and returns what it did: ``(..., in_features)`` to ``(..., out_features)`` in the activations'
-    dtype. A language model's head is such a layer; an embedding that shares its weight stays.
-    Left alone are subclasses of ``nn.Linear``, layers with hooks or a ``forward`` of their own
-    (LoRA wrappers, offloading), and with ``int8`` those whose ``in_features`` is no multiple of
-    16. A packed model can neither be trained, saved nor moved.
+    dtype. An embedding that shares its weight with the head stays as it is. Left alone are
+    subclasses of ``nn.Linear``, layers with hooks or a ``forward`` of their own (LoRA wrappers,
+    offloading), and with ``int8`` those whose ``in_features`` is no multiple of 16. A packed
+    model can neither be trained, saved nor moved.
 
     In all forms but ``model``, a row's result does not depend on the rows beside it.
 
     Args:
-        model: On one device. Its fingerprint must be computed before.
+        model: A transformers model on one device. Its fingerprint must be computed before.
         weights_dtype: One of
 
             - ``model``: as loaded;
             - ``float32``, ``bfloat16``: laid out by oneDNN; the activations are cast;
             - ``int8``: symmetric, one scale for each output feature; activations in bfloat16;
             - ``auto``: on a CPU the dtype of the model, laid out by oneDNN; else ``model``.
+
+            The head of a float32 model is float32 in all of them: the kernels of the others
+            return bfloat16, in which the best logits are often equal.
 
     Returns:
         The form that was chosen: ``model`` where torch was built without oneDNN, else what was
@@ -54,15 +64,20 @@ def pack_weights(model: nn.Module, weights_dtype: WeightsDtype = "auto") -> Weig
     form = _choose(model, weights_dtype)
     if form == "model":
         return form
-    packed: dict[nn.Linear, nn.Module] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if _is_plain(child, form):
-                # A layer that stands in two places is packed once.
-                if child not in packed:
-                    packed[child] = _pack(child, form)
-                setattr(parent, name, packed[child])
-    _log.info("models.weights_packed", weights_dtype=form, num_layers=len(packed))
+    head = model.get_output_embeddings()
+    head_form = form if model.dtype == torch.bfloat16 else "float32"
+    places: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_packable(module, form):
+            places[module].append(path)
+    num_layers = len(places)
+    # One layer after the other, so that its old weight is free before the next one is packed.
+    while places:
+        linear, paths = places.popitem()
+        packed = _pack(linear, head_form if linear is head else form)
+        for path in paths:
+            model.set_submodule(path, packed)
+    _log.info("models.weights_packed", weights_dtype=form, num_layers=num_layers)
     return form
 
 
@@ -74,10 +89,14 @@ class OneDnnLinear(nn.Module):
         dtype: Of the weight and of the product, float32 or bfloat16.
     """
 
+    weight: torch.Tensor  # opaque: oneDNN's layout
+    bias: torch.Tensor | None
+
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), _ROWS_HINT)
+        weight = linear.weight.detach().to(dtype)
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self.register_buffer("weight", weight, persistent=False)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self.register_buffer("bias", bias, persistent=False)
@@ -88,7 +107,9 @@ class OneDnnLinear(nn.Module):
         if num_rows == 1:
             # One row alone takes another kernel, which adds in another order.
             rows = rows.expand(2, -1)
-        y = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.weight, self.bias, "none", [], ""
+        )
         return y[:num_rows].to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
@@ -98,6 +119,10 @@ class Int8Linear(nn.Module):
     Args:
         linear: The layer; not changed.
     """
+
+    weight: torch.Tensor  # (out_features, in_features), int8
+    scale: torch.Tensor  # (out_features,), bfloat16
+    bias: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -119,34 +144,26 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def _choose(model: nn.Module, weights_dtype: WeightsDtype) -> WeightsDtype:
+def _choose(model: Any, weights_dtype: WeightsDtype) -> WeightsDtype:
     if weights_dtype not in get_args(WeightsDtype):
         raise ValueError(
             f"weights_dtype is {weights_dtype!r}; use one of {', '.join(get_args(WeightsDtype))}"
         )
-    parameter = next(model.parameters())
-    if weights_dtype == "model" or (weights_dtype == "auto" and parameter.device.type != "cpu"):
+    is_auto, on_cpu = weights_dtype == "auto", model.device.type == "cpu"
+    if weights_dtype == "model" or (is_auto and not on_cpu):
         return "model"
-    if parameter.device.type != "cpu":
+    if not on_cpu:
         raise ValueError(
             f"weights_dtype is {weights_dtype!r}, which needs a CPU, and the model is on "
-            f"{parameter.device}; use auto or model"
+            f"{model.device}; use auto or model"
         )
-    if weights_dtype == "int8":
-        return "int8"
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         _log.warning("models.weights_not_packed", reason="torch was built without oneDNN")
         return "model"
-    return _AUTO.get(parameter.dtype, "model") if weights_dtype == "auto" else weights_dtype
+    return _AUTO.get(model.dtype, "model") if is_auto else weights_dtype
 
 
-_AUTO: Final[dict[torch.dtype, WeightsDtype]] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-}
-
-
-def _is_plain(module: nn.Module, form: WeightsDtype) -> bool:
+def _is_packable(module: nn.Module, form: WeightsDtype) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     if module._forward_hooks or module._forward_pre_hooks:
@@ -154,7 +171,7 @@ def _is_plain(module: nn.Module, form: WeightsDtype) -> bool:
     return form != "int8" or module.in_features % _INT8_STEP == 0
 
 
-def _pack(linear: nn.Linear, form: WeightsDtype) -> nn.Module:
+def _pack(linear: Any, form: WeightsDtype) -> nn.Module:
     if form == "int8":
         return Int8Linear(linear)
     return OneDnnLinear(linear, torch.float32 if form == "float32" else torch.bfloat16)

@@ -81,7 +81,11 @@ def _load(settings: PrefillSettings) -> LoadedModel:
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     return load_model(
-        settings.model, name=settings.model_name, device=settings.device, dtype=settings.dtype
+        settings.model,
+        name=settings.model_name,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights_dtype=settings.weights_dtype,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 import chunkkv
+from services.models.weights import WeightsDtype
 from services.runtime.config import ServiceSettings
 
 
@@ -20,6 +21,7 @@ class PrefillSettings(ServiceSettings):
         model_name: Name that requests give; the last part of ``model`` if empty.
         device: A torch device.
         dtype: Of the weights; ``auto``: as stored.
+        weights_dtype: Of the linear layers while they work (``services.models.weights``).
         torch_threads: Threads of one forward pass; 0: torch's default.
         prefill_chunk_tokens: Tokens in one forward pass at most. A cancelled request ends at the
             next one.
@@ -40,6 +42,7 @@ class PrefillSettings(ServiceSettings):
     model_name: str = ""
     device: str = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights_dtype: WeightsDtype = "auto"
     torch_threads: int = Field(default=0, ge=0)
     prefill_chunk_tokens: int = Field(default=1024, ge=1)
     min_compress_tokens: int = Field(default=128, ge=2)
