@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,14 +16,16 @@ import redis
 import torch
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tiny_model import MAX_MODEL_LEN, generate, load_tiny
+from tiny_model import GEOMETRY, MAX_MODEL_LEN, generate, load_tiny
 
 import chunkkv
-from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, types_pb2
+from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, session_pb2, types_pb2
 from services.compress.memory import ReceivePool
-from services.compress.segments import covered_tokens, store_segment
+from services.compress.segments import covered_tokens, fetched_segments, store_segment
 from services.decode.config import DecodeSettings
-from services.decode.kvcache import open_cache
+from services.decode.memory import aligned
+from services.decode.placement import KVMemory, Placement
+from services.decode.tail import tail_size_bytes
 from services.decode.worker import DecodeWorker
 from services.models.loader import LoadedModel
 from services.runtime.errors import (
@@ -51,6 +53,13 @@ HALF = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
 
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
+    """The model as transformers has it: prefills, and says what is right."""
+    return load_tiny()
+
+
+@pytest.fixture(scope="module")
+def served() -> LoadedModel:
+    """The same model, as workers have it: its attention is another."""
     return load_tiny()
 
 
@@ -107,7 +116,7 @@ class Answer:
 async def running(
     loaded: LoadedModel, store: Store, worker_id: str = "decode-1", **options: Any
 ) -> AsyncIterator[Client]:
-    settings = DecodeSettings(model="tiny", **options)
+    settings = DecodeSettings(model="tiny", **{"kv_bytes": 16 << 20, **options})
     worker = DecodeWorker(loaded, store, settings, worker_id=worker_id)
     await worker.start()
     try:
@@ -121,8 +130,8 @@ async def running(
 
 
 @pytest.fixture
-async def client(loaded: LoadedModel, store: Store) -> AsyncIterator[Client]:
-    async with running(loaded, store) as running_client:
+async def client(served: LoadedModel, store: Store) -> AsyncIterator[Client]:
+    async with running(served, store) as running_client:
         yield running_client
 
 
@@ -158,11 +167,15 @@ def add_turn(
     manifest.token_ids.extend(token_ids)
     manifest.model_fingerprint = loaded.fingerprint
     if policy is not None:
+        with fetched_segments(
+            store, manifest.segments, fingerprint=loaded.fingerprint, pool=ReceivePool()
+        ) as fetched:
+            past = chunkkv.KVCache.from_segments(loaded.model.config, fetched.kv)
         prefilled = chunkkv.run_prefill(
             loaded.model,
             torch.tensor([manifest.token_ids[covered_tokens(manifest) : -1]]),
             window_size=policy.window_size,
-            past=open_cache(store, loaded, manifest, None, pool=ReceivePool()).cache,
+            past=past,
             fingerprint=loaded.fingerprint,
         )
         [kv] = chunkkv.compress(prefilled, policy)
@@ -175,6 +188,13 @@ async def committed(store: Store, session_id: str = "s-1") -> manifest_pb2.Manif
     manifest = manifest_pb2.Manifest.FromString(stored.body)
     assert manifest.version == stored.version
     return manifest
+
+
+def check_kept(worker: DecodeWorker, num_segments: int) -> None:
+    """Check that so many segments are in memory, and nothing else."""
+    assert worker.memory.num_residents == num_segments
+    assert worker.memory.pool.used_bytes == worker.memory.resident_bytes
+    assert worker.engine.num_running == 0
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
@@ -216,11 +236,11 @@ async def test_a_turn_is_answered_like_generate_and_committed(client, loaded, st
     assert after.last_decode_worker == "decode-1"
     assert after.model_fingerprint == loaded.fingerprint
     assert after.HasField("update_time")
-    assert client.worker.engine.num_active == 0
+    assert client.worker.memory.num_active == 0
 
 
 @pytest.mark.parametrize("policy", [EVERYTHING, None], ids=["prefilled", "pending"])
-async def test_the_next_turn_fetches_nothing_that_the_worker_holds(client, loaded, store, policy):
+async def test_the_next_turn_fetches_only_what_was_prefilled_since(client, loaded, store, policy):
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
     first = await client.decode(manifest)
     manifest = add_turn(await committed(store), TURN_2, loaded, store, policy)
@@ -230,12 +250,13 @@ async def test_the_next_turn_fetches_nothing_that_the_worker_holds(client, loade
     conversation = PROMPT + first.token_ids + TURN_2
     assert second.token_ids == generate(loaded, conversation, 12)
     new = manifest.segments[2:]
+    assert len(new) == (0 if policy is None else 1)
     assert second.started.fetched_bytes == sum(segment.size_bytes for segment in new)
     assert (await committed(store)).num_turns == 2
 
 
 @pytest.mark.parametrize("policy", [EVERYTHING, HALF, None], ids=["whole", "half", "pending"])
-async def test_another_worker_continues_with_the_same_tokens(client, loaded, store, policy):
+async def test_another_worker_continues_with_the_same_tokens(client, loaded, served, store, policy):
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store, HALF)
     await client.decode(manifest)
     manifest = add_turn(await committed(store), TURN_2, loaded, store, policy)
@@ -243,7 +264,7 @@ async def test_another_worker_continues_with_the_same_tokens(client, loaded, sto
     elsewhere.CopyFrom(manifest)
     elsewhere.session_id = ""
 
-    async with running(loaded, store, "decode-2") as other:
+    async with running(served, store, "decode-2") as other:
         fetched = await other.decode(elsewhere)
     held = await client.decode(manifest)
 
@@ -254,30 +275,155 @@ async def test_another_worker_continues_with_the_same_tokens(client, loaded, sto
     assert held.started.fetched_bytes < fetched.started.fetched_bytes
 
 
-async def test_a_session_that_went_on_elsewhere_is_fetched_anew(client, loaded, store):
+async def test_of_a_session_that_went_on_elsewhere_only_what_is_missing_is_fetched(
+    client, loaded, served, store
+):
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
     first = await client.decode(manifest)
-    async with running(loaded, store, "decode-2") as other:
+    async with running(served, store, "decode-2") as other:
         second = await other.decode(add_turn(await committed(store), TURN_2, loaded, store, None))
     manifest = add_turn(await committed(store), [7, 8, 9], loaded, store, None)
     assert manifest.last_decode_worker == "decode-2"
+    assert len(manifest.segments) == 3
 
     third = await client.decode(manifest)
 
     conversation = [*PROMPT, *first.token_ids, *TURN_2, *second.token_ids, 7, 8, 9]
     assert third.token_ids == generate(loaded, conversation, 12)
-    assert third.started.fetched_bytes == sum(s.size_bytes for s in manifest.segments)
+    assert third.started.fetched_bytes == manifest.segments[2].size_bytes
 
 
-async def test_without_memory_for_sessions_every_turn_is_fetched(loaded, store):
+async def test_a_prefix_that_another_session_brought_is_not_fetched_again(client, loaded, store):
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
-    async with running(loaded, store, resident_bytes=0) as client:
+    first = await client.decode(manifest)
+    used_bytes = client.worker.memory.pool.used_bytes
+    twin = add_turn(await new_session(store, loaded, "s-2"), PROMPT, loaded, store)
+
+    second = await client.decode(twin)
+
+    assert second.started.fetched_bytes == 0
+    assert second.started.num_kept_tokens == len(PROMPT) - 1
+    assert second.token_ids == first.token_ids
+    assert client.worker.memory.pool.used_bytes == used_bytes  # equal answers, too, are kept once
+
+    other = add_turn(await new_session(store, loaded, "s-3"), PROMPT, loaded, store)
+    other = add_turn(other, TURN_2, loaded, store)
+    third = await client.decode(other)
+    assert third.started.fetched_bytes == other.segments[1].size_bytes
+    assert third.token_ids == generate(loaded, PROMPT + TURN_2, 12)
+
+
+async def test_finished_turns_are_given_up_where_another_conversation_needs_the_memory(
+    loaded, served, store
+):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    long = [1 + t % 200 for t in range(180)]
+    other = add_turn(await new_session(store, loaded, "s-2"), long, loaded, store)
+    kv_bytes = kv_bytes_of(other)
+    async with running(served, store, kv_bytes=kv_bytes) as client:
         first = await client.decode(manifest)
+        await client.decode(other)
         manifest = add_turn(await committed(store), TURN_2, loaded, store)
         second = await client.decode(manifest)
 
     assert second.token_ids == generate(loaded, PROMPT + first.token_ids + TURN_2, 12)
     assert second.started.fetched_bytes == sum(s.size_bytes for s in manifest.segments)
+
+
+def kv_bytes_of(manifest: manifest_pb2.Manifest, *, max_tokens: int = 12) -> int:
+    """Return the memory that a worker needs for a turn; all segments are small ones."""
+    num_pending = len(manifest.token_ids) - covered_tokens(manifest)
+    tail_tokens = num_pending + max_tokens + sum(s.num_kept_tokens for s in manifest.segments)
+    segment_bytes = sum(aligned(segment.size_bytes) for segment in manifest.segments)
+    return segment_bytes + tail_size_bytes(GEOMETRY, tail_tokens)
+
+
+class Placements:
+    """Notes who gets a worker's memory, in which order, and how many have left."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        self.first_segments: list[str] = []
+        self.num_left = 0
+        self._placed = memory.placed
+        memory.placed = self._noted  # type: ignore[method-assign]
+
+    @asynccontextmanager
+    async def _noted(
+        self, segments: Sequence[session_pb2.Segment], **options: Any
+    ) -> AsyncIterator[Placement]:
+        try:
+            async with self._placed(segments, **options) as placement:
+                self.first_segments.append(segments[0].segment_id)
+                yield placement
+        finally:
+            self.num_left += 1
+
+
+async def test_more_sessions_than_the_memory_holds_are_served_in_order_of_arrival(
+    loaded, served, store
+):
+    prompts = [[t, *PROMPT] for t in range(60, 92)]
+    manifests = [
+        add_turn(await new_session(store, loaded, f"s-{i}"), prompt, loaded, store)
+        for i, prompt in enumerate(prompts)
+    ]
+    held = HeldModel(served.model)
+    kv_bytes = 8 * kv_bytes_of(manifests[0])
+    async with running(dataclasses.replace(served, model=held), store, kv_bytes=kv_bytes) as client:
+        memory = client.worker.memory
+        placements = Placements(memory)
+        held.go.clear()
+        calls = []
+        for number, manifest in enumerate(manifests, 1):
+            calls.append(asyncio.create_task(client.decode(manifest)))
+            await until(lambda number=number: memory.num_active == number)
+        assert len(placements.first_segments) == 8
+
+        held.go.set()
+        answers = await asyncio.gather(*calls)
+
+        assert [answer.token_ids for answer in answers] == [
+            generate(loaded, prompt, 12) for prompt in prompts
+        ]
+        assert placements.first_segments == [m.segments[0].segment_id for m in manifests]
+        assert memory.pool.peak_bytes <= memory.pool.size_bytes <= kv_bytes
+        assert memory.num_active == 0
+        assert 0 < memory.resident_bytes == memory.pool.used_bytes
+
+
+async def test_a_conversation_larger_than_the_memory_is_refused(loaded, served, store):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    async with running(served, store, kv_bytes=kv_bytes_of(manifest) - 64) as client:
+        error = await client.fails(manifest)
+        shorter = types_pb2.SamplingParams(max_tokens=8, ignore_eos=True)
+        answer = await client.decode(manifest, shorter)
+
+    assert isinstance(error, InvalidRequestError)
+    assert error.error_reason == "KV_TOO_LARGE"
+    assert answer.token_ids == generate(loaded, PROMPT, 8)
+
+
+async def test_a_bfloat16_model_answers_and_goes_on_elsewhere(store):
+    plain, own = load_tiny(dtype=torch.bfloat16), load_tiny(dtype=torch.bfloat16)
+    manifest = add_turn(await new_session(store, plain), PROMPT, plain, store)
+    async with running(own, store) as client, running(own, store, "decode-2") as other:
+        first = await client.decode(manifest)
+        manifest = add_turn(await committed(store), TURN_2, plain, store)
+        elsewhere = manifest_pb2.Manifest()
+        elsewhere.CopyFrom(manifest)
+        elsewhere.session_id = ""
+        fetched = await other.decode(elsewhere)
+        held = await client.decode(manifest)
+
+    # Sums in another order are rounded to other numbers, so two near ties may fall either way.
+    with torch.inference_mode():
+        logits = plain.model(torch.tensor([PROMPT + first.token_ids])).logits[0].float()
+    for row, token_id in zip(logits[len(PROMPT) - 1 :], first.token_ids, strict=False):
+        assert row[token_id] >= row.max() - 0.25
+    assert fetched.token_ids == held.token_ids
+    assert 0 < held.started.fetched_bytes < fetched.started.fetched_bytes
+    after = await committed(store)
+    assert list(after.token_ids) == [*PROMPT, *first.token_ids, *TURN_2, *held.token_ids]
 
 
 async def test_nothing_is_kept_of_a_one_off_request(client, loaded, store, valkey):
@@ -290,7 +436,8 @@ async def test_nothing_is_kept_of_a_one_off_request(client, loaded, store, valke
     assert answer.finish.session_version == 0
     assert answer.finish.num_total_tokens == len(PROMPT) + 12
     assert {key for key in valkey.scan_iter() if b"worker" not in key} <= keys_before
-    assert len(client.worker.resident) == 0
+    assert client.worker.memory.num_residents == 0
+    assert client.worker.memory.pool.used_bytes == 0
 
 
 # How an answer ends.
@@ -325,9 +472,9 @@ async def test_a_full_context_ends_the_answer(client, loaded, store):
     assert full.error_reason == "CONTEXT_FULL"
 
 
-async def test_without_max_tokens_the_workers_limit_applies(loaded, store):
+async def test_without_max_tokens_the_workers_limit_applies(loaded, served, store):
     manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
-    async with running(loaded, store, max_output_tokens=7) as client:
+    async with running(served, store, max_output_tokens=7) as client:
         answer = await client.decode(manifest, types_pb2.SamplingParams(ignore_eos=True))
         longer = await client.decode(manifest, ENDLESS)
 
@@ -440,6 +587,21 @@ async def test_a_resumed_answer_goes_on_and_is_committed_once(client, loaded, st
     assert after.num_turns == 1
 
 
+async def test_a_resumed_answer_is_the_beginning_of_the_next_turn(client, loaded, served, store):
+    answer = generate(loaded, PROMPT, 12)
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    manifest.token_ids.extend(answer[:5])
+    async with running(served, store, "decode-2") as other:
+        rest = await other.decode(manifest, num_resumed_tokens=5)
+    manifest = add_turn(await committed(store), TURN_2, loaded, store, None)
+    assert covered_tokens(manifest) == len(PROMPT) + 11
+
+    second = await client.decode(manifest)
+
+    assert rest.token_ids == answer[5:]
+    assert second.token_ids == generate(loaded, PROMPT + answer + TURN_2, 12)
+
+
 async def test_an_answer_that_fills_the_context_is_resumed_to_its_end(client, loaded, store):
     prompt = [1 + i % 200 for i in range(MAX_MODEL_LEN - 5)]
     endless = types_pb2.SamplingParams(ignore_eos=True)
@@ -476,7 +638,7 @@ async def test_resumed_tokens_that_cannot_be_are_refused(
     assert error.field == "num_resumed_tokens"
     assert message in str(error)
     assert (await committed(store)).version == 1
-    assert client.worker.engine.num_active == 0
+    assert client.worker.memory.num_active == 0
 
 
 # What can go wrong. After each, the session is as it was.
@@ -549,7 +711,7 @@ async def test_a_missing_segment_is_not_found(client, loaded, store):
     assert isinstance(error, NotFoundError)
     assert error.error_reason == "SEGMENT_NOT_FOUND"
     assert (await committed(store)).version == 1
-    assert client.worker.engine.num_active == 0
+    assert client.worker.memory.num_active == 0
 
 
 async def test_a_flipped_bit_is_data_loss(client, loaded, store, valkey):
@@ -575,22 +737,26 @@ async def test_segments_with_a_gap_are_refused(client, loaded, store):
 
 
 class HeldModel:
-    """The model, whose forward passes wait until it is let go."""
+    """The model, whose forward passes wait while it may not go."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.config, self.device = model.config, model.device
         self.go = threading.Event()
+        self.go.set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def __call__(self, **inputs: Any) -> Any:
         assert self.go.wait(DEADLINE_S)
         return self._model(**inputs)
 
 
-async def test_a_turn_that_lost_the_race_is_not_committed(loaded, store):
-    held = HeldModel(loaded.model)
+async def test_a_turn_that_lost_the_race_is_not_committed(loaded, served, store):
+    held = HeldModel(served.model)
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
-    async with running(dataclasses.replace(loaded, model=held), store) as client:
+    async with running(dataclasses.replace(served, model=held), store) as client:
+        held.go.clear()
         call = client.call(manifest)
         await anext(aiter(call))
         await store.commit_manifest(
@@ -609,7 +775,7 @@ async def test_a_turn_that_lost_the_race_is_not_committed(loaded, store):
 
         assert isinstance(from_rpc_error(caught.value), ConflictError)
         assert (await committed(store)).num_turns == 0
-        assert len(client.worker.resident) == 0
+        check_kept(client.worker, 1)  # the segment that was fetched
 
 
 async def test_a_session_deleted_meanwhile_is_not_found(client, loaded, store):
@@ -617,15 +783,15 @@ async def test_a_session_deleted_meanwhile_is_not_found(client, loaded, store):
     await store.delete_manifest("default", "s-1")
 
     assert isinstance(await client.fails(manifest), NotFoundError)
-    assert len(client.worker.resident) == 0
+    check_kept(client.worker, 1)
 
 
-async def test_a_store_that_is_away_is_unavailable(loaded):
+async def test_a_store_that_is_away_is_unavailable(loaded, served):
     server = EmbeddedValkey(EmbeddedOptions())
     server.start()
     store = open_store(server.url)
     manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
-    async with running(loaded, store) as client:
+    async with running(served, store) as client:
         server.stop()
         error = await client.fails(manifest)
     await store.close()
@@ -640,7 +806,7 @@ async def start_second_turn(client: Client, loaded: LoadedModel, store: Store) -
     """Answer a first turn, then cancel the second in the middle; return the conversation."""
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
     first = await client.decode(manifest)
-    assert len(client.worker.resident) == 1
+    check_kept(client.worker, 2)
     manifest = add_turn(await committed(store), TURN_2, loaded, store, None)
     long = types_pb2.SamplingParams(max_tokens=150, ignore_eos=True)
     call = client.call(manifest, long)
@@ -649,7 +815,7 @@ async def start_second_turn(client: Client, loaded: LoadedModel, store: Store) -
     assert (await anext(events)).WhichOneof("event") == "delta"
 
     call.cancel()
-    await until(lambda: client.worker.engine.num_active == 0)
+    await until(lambda: client.worker.memory.num_active == 0)
     return PROMPT + first.token_ids
 
 
@@ -659,29 +825,71 @@ async def test_a_cancelled_turn_leaves_the_session_as_it_was(client, loaded, sto
     after = await committed(store)
     assert after.version == 2
     assert list(after.token_ids) == conversation
-    assert len(client.worker.resident) == 0
+    check_kept(client.worker, 2)
 
     again = await client.decode(add_turn(after, TURN_2, loaded, store, None))
     assert again.token_ids == generate(loaded, conversation + TURN_2, 12)
     assert (await committed(store)).version == 3
 
 
-async def test_a_passed_deadline_commits_nothing(loaded, store):
+class HeldStore:
+    """The store, whose segments come when it may go."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.was_asked, self.go = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def fetch_parts(self, *args: Any) -> Generator[memoryview]:
+        self.was_asked.set()
+        assert self.go.wait(DEADLINE_S)
+        return self._store.fetch_parts(*args)
+
+
+async def test_a_turn_cancelled_while_it_is_fetched_keeps_its_memory_until_the_fetch_ends(
+    loaded, served, store
+):
+    held = HeldStore(store)
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
-    async with running(loaded, store, num_slots=1) as client, client.worker.engine.slot():
+    async with running(served, held, num_slots=1) as client:
+        memory = client.worker.memory
+        placements = Placements(memory)
+        call = client.call(manifest)
+        await until(held.was_asked.is_set)
+        used_bytes = memory.pool.used_bytes
+
+        call.cancel()
+        await until(lambda: placements.num_left == 1)
+
+        assert memory.pool.used_bytes == used_bytes > 0
+        assert memory.num_active == 1
+        held.go.set()
+        await until(lambda: memory.num_active == 0)
+        check_kept(client.worker, 0)
+        assert (await client.decode(manifest)).token_ids == generate(loaded, PROMPT, 12)
+
+
+async def test_a_passed_deadline_commits_nothing(loaded, served, store):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    async with (
+        running(served, store, num_slots=1) as client,
+        client.worker.memory.placed([], new_tokens=1),
+    ):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client.decode(manifest, timeout=0.2)
-        await until(lambda: client.worker.engine.num_active == 1)
+        await until(lambda: client.worker.memory.num_active == 1)
 
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert (await committed(store)).version == 1
 
 
-async def test_more_requests_than_places_are_refused(loaded, store):
+async def test_more_requests_than_places_are_refused(loaded, served, store):
     manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
     async with (
-        running(loaded, store, num_slots=1, queue_size=0) as client,
-        client.worker.engine.slot(),
+        running(served, store, num_slots=1, queue_size=0) as client,
+        client.worker.memory.placed([], new_tokens=1),
     ):
         error = await client.fails(manifest)
 
@@ -697,8 +905,10 @@ class BreakableModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.config, self.device = model.config, model.device
         self.error: BaseException | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def __call__(self, **inputs: Any) -> Any:
         if self.error is not None:
@@ -706,10 +916,10 @@ class BreakableModel:
         return self._model(**inputs)
 
 
-async def test_an_unexpected_error_is_internal_and_tells_nothing(loaded, store):
-    model = BreakableModel(loaded.model)
+async def test_an_unexpected_error_is_internal_and_tells_nothing(loaded, served, store):
+    model = BreakableModel(served.model)
     manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
-    async with running(dataclasses.replace(loaded, model=model), store) as client:
+    async with running(dataclasses.replace(served, model=model), store) as client:
         model.error = RuntimeError("secret detail")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await client.decode(manifest)
@@ -721,10 +931,10 @@ async def test_an_unexpected_error_is_internal_and_tells_nothing(loaded, store):
     assert answer.token_ids == generate(loaded, PROMPT, 12)
 
 
-async def test_a_failed_engine_turns_health_and_leaves_the_registry(loaded, store):
-    model = BreakableModel(loaded.model)
+async def test_a_failed_engine_turns_health_and_leaves_the_registry(loaded, served, store):
+    model = BreakableModel(served.model)
     manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
-    async with running(dataclasses.replace(loaded, model=model), store) as client:
+    async with running(dataclasses.replace(served, model=model), store) as client:
         await until_announced(store, 1)
         client.worker.check_health()
         watch = client.health.Watch(health_pb2.HealthCheckRequest())
@@ -740,9 +950,9 @@ async def test_a_failed_engine_turns_health_and_leaves_the_registry(loaded, stor
         assert isinstance(await client.fails(manifest), UnavailableError)
 
 
-async def test_a_dead_heartbeat_is_unhealthy(loaded, store):
+async def test_a_dead_heartbeat_is_unhealthy(served):
     broken = BrokenRegistry()
-    async with running(loaded, broken) as client:
+    async with running(served, broken) as client:
         await until(lambda: broken.was_asked)
         await until(lambda: is_unhealthy(client.worker))
 
@@ -768,15 +978,15 @@ def is_unhealthy(worker: DecodeWorker) -> bool:
     return False
 
 
-async def test_a_worker_announces_its_load_until_it_stops(loaded, store):
-    async with running(loaded, store, num_slots=3, heartbeat_s=0.05) as client:
+async def test_a_worker_announces_its_load_until_it_stops(loaded, served, store):
+    async with running(served, store, num_slots=3, heartbeat_s=0.05) as client:
         await until_announced(store, 1)
         [info] = await store.workers()
         assert (info.role, info.model, info.fingerprint) == ("decode", "tiny", loaded.fingerprint)
         assert (info.worker_id, info.address) == ("decode-1", client.worker.address)
         assert (info.num_slots, info.num_active) == (3, 0)
         assert info.max_model_len == MAX_MODEL_LEN
-        async with client.worker.engine.slot():
+        async with client.worker.memory.placed([], new_tokens=1):
             await until(lambda: announced_load(store, 1))
 
     assert await store.workers() == ()
