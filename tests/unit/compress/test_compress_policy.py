@@ -53,7 +53,8 @@ def test_every_field_is_written():
     written = {field.name for field, _ in to_wire(DEFAULT).ListFields()}
 
     known = {field.name for field in types_pb2.CompressionPolicy.DESCRIPTOR.fields}
-    assert written == known - {"max_kept_tokens"}
+    assert written == known - {"max_kept_tokens", "max_kv_tokens"}
+    assert to_wire(DEFAULT, max_kv_tokens=900).max_kv_tokens == 900
 
 
 @pytest.mark.parametrize("default", [DEFAULT, CompressionPolicy(max_kept_tokens=99)])
