@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -31,8 +31,19 @@ READER_CAPACITY: Final = 32
 
 _log = get_logger()
 
-# A sequence and how many of its known tokens a step takes.
-_Share = tuple[Generation, int]
+
+class _Share(NamedTuple):
+    """A sequence's part of a step.
+
+    Attributes:
+        generation: The sequence.
+        num_tokens: Tokens that the model sees of it.
+        is_stream: They are one, its latest; else known ones, of which more may follow.
+    """
+
+    generation: Generation
+    num_tokens: int
+    is_stream: bool
 
 
 class Engine:
@@ -156,13 +167,13 @@ class Engine:
         ready = list(ready)
         streams = [each for each in ready if each.sequence.num_pending == 1]
         catching_up = [each for each in ready if each.sequence.num_pending > 1]
-        shares = [(generation, 1) for generation in streams]
+        shares = [_Share(generation, 1, is_stream=True) for generation in streams]
         left = self._pace.known_tokens(num_streams=len(streams))
         for generation in catching_up:
             piece = min(generation.sequence.num_pending, generation.kv.max_new_tokens, left)
             if piece == 0:
                 break
-            shares.append((generation, piece))
+            shares.append(_Share(generation, piece, is_stream=False))
             left -= piece
         return shares
 
@@ -176,11 +187,12 @@ class Engine:
         except torch.AcceleratorError:
             raise  # the device is lost to this process, and with it every sequence
         except Exception as error:
-            self._release([(generation, error) for generation, _ in shares])
+            self._release([(share.generation, error) for share in shares])
             return
         woken: list[Callable[[], None]] = []
         ended: list[tuple[Generation, Exception | None]] = []
-        for (generation, _), row in zip(shares, logits, strict=True):
+        for share, row in zip(shares, logits, strict=True):
+            generation = share.generation
             try:
                 delta = generation.sequence.accept(row)
             except Exception as error:
@@ -192,25 +204,24 @@ class Engine:
                 ended.append((generation, None))
         self._on_loop(woken)
         self._release(ended)
-        num_known = sum(piece for _, piece in shares if piece > 1)
         self._pace.observe(
             (time.perf_counter() - started) * 1000,
-            num_streams=sum(piece == 1 for _, piece in shares),
-            num_known_tokens=num_known,
+            num_streams=sum(share.is_stream for share in shares),
+            num_known_tokens=sum(share.num_tokens for share in shares if not share.is_stream),
         )
 
     def _with_room(self, shares: Sequence[_Share]) -> list[_Share]:
         """Compress the KV of sequences that have come to their limit; those that fail leave."""
         ready: list[_Share] = []
-        for generation, piece in shares:
+        for share in shares:
             try:
-                generation.kv.make_room(piece)
+                share.generation.kv.make_room(share.num_tokens)
             except torch.AcceleratorError:
                 raise
             except Exception as error:
-                self._release([(generation, error)])
+                self._release([(share.generation, error)])
             else:
-                ready.append((generation, piece))
+                ready.append(share)
         return ready
 
     def _forward(self, shares: Sequence[_Share]) -> torch.Tensor:
@@ -218,15 +229,15 @@ class Engine:
         token_ids: list[int] = []
         position_ids: list[int] = []
         last: list[int] = []
-        for generation, piece in shares:
-            token_ids += generation.sequence.next_input(piece)
+        for generation, num_tokens, _ in shares:
+            token_ids += generation.sequence.next_input(num_tokens)
             first = generation.kv.num_tokens
-            position_ids += range(first, first + piece)
+            position_ids += range(first, first + num_tokens)
             last.append(len(token_ids) - 1)
-        rows = Rows([(generation.kv, piece) for generation, piece in shares])
+        rows = Rows([(share.generation.kv, share.num_tokens) for share in shares])
         logits = forward(self._loaded.model, token_ids, position_ids, rows, last)
-        for generation, piece in shares:
-            generation.kv.advance(piece)
+        for share in shares:
+            share.generation.kv.advance(share.num_tokens)
         return logits
 
     def _drop_ended(self) -> None:

@@ -67,8 +67,7 @@ class KVFetcher:
         kv = await placement.in_thread(self._assemble, manifest, placement, fetched)
         if manifest.session_id:  # a one-off request's segments are nobody else's
             for segment, block in placement.missing:
-                name = segment.segment_id
-                self._memory.publish(placement, name, block, fetched[name])
+                self._memory.publish(placement, segment, block, fetched[segment.segment_id])
         return OpenedKV(
             kv=kv,
             fetched_bytes=sum(segment.size_bytes for segment, _ in placement.missing),

@@ -140,7 +140,7 @@ class KVMemory:
     @property
     def num_active(self) -> int:
         """Requests that have memory or wait for it."""
-        return self._num_placed + self._num_waiting
+        return self._num_placed + len(self._waiting)
 
     @property
     def resident_bytes(self) -> int:
@@ -182,32 +182,34 @@ class KVMemory:
             placement.give_back()
 
     def publish(
-        self, placement: Placement, segment_id: str, block: Block, span: chunkkv.CompressedKV
+        self,
+        placement: Placement,
+        segment: session_pb2.Segment,
+        block: Block,
+        span: chunkkv.CompressedKV,
     ) -> None:
         """Let others find a segment that the placement has fetched, or sealed in its tail.
 
         Args:
             placement: Has the block.
-            segment_id: The segment's content address.
-            block: May be larger than the span; the rest is freed.
+            segment: As the manifest names it. The block is cut to its size, so that the hole that
+                it leaves one day fits it again.
+            block: Where it is.
             span: Views of the block.
         """
-        self.pool.shrink(block, span.size_bytes)
-        if segment_id not in self._residents:  # else two fetched it at once; one copy is enough
-            self._residents[segment_id] = Resident(block, span, num_users=1)
+        self.pool.shrink(block, segment.size_bytes)
+        name = segment.segment_id
+        if name not in self._residents:  # else two fetched it at once; one copy is enough
+            self._residents[name] = Resident(block, span, num_users=1)
             placement._own.remove(block)
-            placement._held.append(segment_id)
+            placement._held.append(name)
         self._admit_waiting()
-
-    @property
-    def _num_waiting(self) -> int:
-        return sum(not waiting.admitted.cancelled() for waiting in self._waiting)
 
     async def _admit(self, request: _Request) -> Placement:
         self._check_size(request)
         if not self._waiting and (placement := self._try(request)) is not None:
             return placement
-        if self._num_waiting >= self._queue_size:
+        if len(self._waiting) >= self._queue_size:
             raise OverloadedError(
                 f"the KV memory of this worker ({self.pool.size_bytes} bytes, {self.num_slots} "
                 f"requests at once) is taken and {self._queue_size} requests wait already; try "
@@ -220,6 +222,7 @@ class KVMemory:
             return await waiting.admitted
         except asyncio.CancelledError:
             if waiting.admitted.cancelled():
+                self._waiting.remove(waiting)
                 self._admit_waiting()  # it may have been first, and in the way of smaller ones
             else:
                 waiting.admitted.result().give_back()
@@ -229,8 +232,7 @@ class KVMemory:
         while self._waiting:
             first = self._waiting[0]
             if first.admitted.cancelled():
-                self._waiting.popleft()
-                continue
+                return  # its own cancellation goes on from here
             if (placement := self._try(first.request)) is None:
                 return
             self._waiting.popleft()
@@ -258,8 +260,8 @@ class KVMemory:
         if placement is None:
             for name in held:
                 self._residents[name].num_users -= 1
-            if self._num_placed == 0 and held:
-                # Alone it fits; what it holds is in the way of what it needs.
+            if self._num_placed == 0:
+                # Alone it fits, but for what lies in the way, its own segments included.
                 while self._give_up_oldest():
                     pass
                 placement = self._allocate(request, [])

@@ -215,7 +215,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             segment_ids=[segment.segment_id for segment in manifest.segments],
         )
         if sealed is not None:
-            self._memory.publish(placement, segment.segment_id, placement.tail, span)
+            self._memory.publish(placement, segment, placement.tail, span)
 
     def _seal(
         self, kv: SequenceKV, manifest: manifest_pb2.Manifest, ttl_s: float

@@ -77,9 +77,13 @@ class Client:
         sampling: types_pb2.SamplingParams = ENDLESS,
         timeout: float = DEADLINE_S,
         num_resumed_tokens: int = 0,
+        compression: types_pb2.CompressionPolicy | None = None,
     ) -> grpc.aio.UnaryStreamCall[Any, Any]:
         request = decode_pb2.DecodeRequest(
-            manifest=manifest, sampling=sampling, num_resumed_tokens=num_resumed_tokens
+            manifest=manifest,
+            sampling=sampling,
+            num_resumed_tokens=num_resumed_tokens,
+            compression=compression,
         )
         return self.stub.Decode(request, timeout=timeout)
 
@@ -424,6 +428,56 @@ async def test_a_bfloat16_model_answers_and_goes_on_elsewhere(store):
     assert 0 < held.started.fetched_bytes < fetched.started.fetched_bytes
     after = await committed(store)
     assert list(after.token_ids) == [*PROMPT, *first.token_ids, *TURN_2, *held.token_ids]
+
+
+# A long answer whose KV is bounded.
+
+LONG = types_pb2.SamplingParams(max_tokens=120, ignore_eos=True)
+
+
+def bound(max_kv_tokens: int) -> types_pb2.CompressionPolicy:
+    policy = types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens, chunk_size=4, window_size=8)
+    policy.scope = types_pb2.SCOPE_HEAD
+    return policy
+
+
+async def test_a_bounded_answer_is_stored_as_it_was_kept_and_goes_on(client, loaded, served, store):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+
+    answer = await client.decode(manifest, LONG, compression=bound(39 + 40))
+
+    after = await committed(store)
+    stored = after.segments[-1]
+    assert len(answer.token_ids) == 120
+    assert stored.num_tokens == 120  # the prompt's last token is among them, the answer's is not
+    assert 40 - 8 <= stored.num_kept_tokens <= 40
+    assert client.worker.memory.pool.peak_bytes < kv_bytes_of(manifest, max_tokens=120)
+    turn = add_turn(after, TURN_2, loaded, store)  # prefilled on top of what was kept
+    elsewhere = manifest_pb2.Manifest()
+    elsewhere.CopyFrom(turn)
+    elsewhere.session_id = ""
+    held = await client.decode(turn)
+    async with running(served, store, "decode-2") as other:
+        assert (await other.decode(elsewhere)).token_ids == held.token_ids
+
+
+async def test_an_answer_within_its_bound_is_that_without_one(client, loaded, store):
+    manifest = add_turn(manifest_pb2.Manifest(tenant="default"), PROMPT, loaded, store)
+
+    answer = await client.decode(manifest, compression=bound(60))
+
+    assert answer.token_ids == generate(loaded, PROMPT, 12)
+
+
+async def test_a_bound_below_what_the_conversation_keeps_is_refused(client, loaded, store):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+
+    error = await client.fails(manifest, compression=bound(50))
+
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "compression.max_kv_tokens"
+    assert "send at least 55" in error.message
+    assert (await committed(store)).version == 1
 
 
 async def test_nothing_is_kept_of_a_one_off_request(client, loaded, store, valkey):

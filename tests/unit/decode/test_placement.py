@@ -50,7 +50,7 @@ def span_in(memory: KVMemory, block: Block) -> chunkkv.CompressedKV:
 
 def publish_fetched(memory: KVMemory, placement: Placement) -> None:
     for missing, block in placement.missing:
-        memory.publish(placement, missing.segment_id, block, span_in(memory, block))
+        memory.publish(placement, missing, block, span_in(memory, block))
 
 
 class Request:
@@ -330,7 +330,7 @@ async def test_a_sealed_tail_is_found_and_the_rest_of_its_memory_is_free():
 
     async with memory.placed([segment("a")], new_tokens=NUM_TOKENS + 200) as placement:
         publish_fetched(memory, placement)
-        memory.publish(placement, "b", placement.tail, span_in(memory, placement.tail))
+        memory.publish(placement, segment("b"), placement.tail, span_in(memory, placement.tail))
         assert memory.pool.used_bytes == 2 * SPAN_BYTES
 
     assert await held(memory, "a", "b") == ["a", "b"]
@@ -398,17 +398,29 @@ async def test_a_shared_prefix_is_in_memory_once():
 async def test_of_two_copies_that_were_fetched_at_once_one_is_kept():
     memory = memory_of(1 << 20)
     stored = segment("a", header_bytes=500)
+    block_bytes = aligned(stored.size_bytes)
     async with memory.placed([stored], new_tokens=10) as one:
         async with memory.placed([stored], new_tokens=10) as other:
             assert one.missing
             assert other.missing
             publish_fetched(memory, one)
             publish_fetched(memory, other)
-            # Both are read; of each, what no span takes is free.
-            assert memory.pool.used_bytes == 2 * (SPAN_BYTES + tail_bytes(10))
-        assert memory.pool.used_bytes == SPAN_BYTES + tail_bytes(10)
+            assert memory.pool.used_bytes == 2 * (block_bytes + tail_bytes(10))  # both are read
+        assert memory.pool.used_bytes == block_bytes + tail_bytes(10)
 
-    assert memory.resident_bytes == SPAN_BYTES
+    assert memory.resident_bytes == block_bytes
+    check_nothing_runs(memory)
+
+
+async def test_a_segment_fits_where_its_equal_was_given_up():
+    stored, other = segment("a", header_bytes=500), segment("b", header_bytes=500)
+    memory = memory_of(aligned(stored.size_bytes) + tail_bytes(10))
+    for each in (stored, other, stored):
+        async with memory.placed([each], new_tokens=10) as placement:
+            assert placement.missing
+            publish_fetched(memory, placement)
+
+    assert memory.num_residents == 1
     check_nothing_runs(memory)
 
 
@@ -419,7 +431,7 @@ async def test_a_published_segment_makes_room_for_who_waits():
         await settle()
         assert not waiting.admitted.is_set()
 
-        memory.publish(placement, "b", placement.tail, span_in(memory, placement.tail))
+        memory.publish(placement, segment("b"), placement.tail, span_in(memory, placement.tail))
 
         await waiting.placed()
     await waiting.end()
@@ -630,7 +642,7 @@ class Crowd:
     async def _seal(self, placement: Placement, name: str) -> None:
         span = span_in(self.memory, placement.tail)
         await placement.in_thread(span.memory.fill_, fill_of(name))
-        self.memory.publish(placement, name, placement.tail, span)
+        self.memory.publish(placement, segment(name), placement.tail, span)
         await self._pause(5)
 
     async def _pause(self, most: int) -> None:
