@@ -1,6 +1,6 @@
 """How fast the linear layers of a decode step read their weights, and what each form costs.
 
-    python -m tests.benchmarks.bench_linear [--compile] [--rows 256 512] [--model PATH] [--json FILE]
+    python -m tests.benchmarks.bench_linear [--rows 256 512] [--compile] [--model DIR] [--json FILE]
 
 Everything is compared with the byte bound: the bytes of the weights over the measured bandwidth
 of sequential reads. Ways are measured by turns, so that other work on the machine meets all of
@@ -35,7 +35,7 @@ FORMS: tuple[WeightsDtype, ...] = ("model", "float32", "bfloat16", "int8")
 STEP_BATCHES = (1, 8)
 NUM_POSITIONS = 1000
 MIN_AGREEMENT = 0.99
-ROUNDS = 9
+ROUNDS = 7
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -189,6 +189,8 @@ def measure_agreement(models: Mapping[str, Any], tokenizer: Any) -> dict[str, di
     """Print and return how far the forms' logits are from those as loaded, on real text."""
     text = " ".join(prose_sentences())
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :NUM_POSITIONS]
+    for model in models.values():
+        model.set_attn_implementation("sdpa")
     logits = {form: model(input_ids=ids).logits[0] for form, model in models.items()}
     exact = logits["model"]
     print(f"\nagainst fp32, {NUM_POSITIONS:,} positions of English")
@@ -242,10 +244,10 @@ def main() -> int:
     )
     default, _ = load(path, "auto")
     models = {form: load(path, form)[1] for form in FORMS}
-    agreement = measure_agreement(models, AutoTokenizer.from_pretrained(path))
     layers = measure_layers(models["model"], options.rows, gb_s)
     steps = measure_steps(models, gb_s)
     compiled = measure_compiled(models["model"]) if options.compile else {}
+    agreement = measure_agreement(models, AutoTokenizer.from_pretrained(path))
     if options.json:
         results = {
             "read_gb_s": gb_s,
