@@ -102,15 +102,18 @@ class OneDnnLinear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features)
-        rows = x.reshape(-1, self.in_features).to(self.weight.dtype)
-        num_rows = rows.shape[0]
-        if num_rows == 1:
-            # One row alone takes another kernel, which adds in another order.
-            rows = rows.expand(2, -1)
+        rows = x.to(self.weight.dtype)
+        if x.numel() != self.in_features:
+            return self._product(rows).to(x.dtype)
+        # One row alone takes another kernel, which adds in another order.
+        y = self._product(rows.reshape(1, -1).expand(2, -1))[0]
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, "none", [], ""
         )
-        return y[:num_rows].to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y
 
 
 class Int8Linear(nn.Module):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from tiny_model import EOS_TOKEN_ID, MAX_MODEL_LEN, byte_tokenizer, tiny_llama
+from torch import nn
 
 import chunkkv
+from services.decode.config import DecodeSettings
 from services.models.loader import load_model
+from services.models.weights import WeightsDtype
+from services.prefill.config import PrefillSettings
+from services.runtime import config
+from services.runtime.config import ServiceSettings
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,32 @@ def test_dtype_is_as_asked_and_makes_another_model(folder: Path, dtype: str):
     assert loaded.model.dtype == getattr(torch, dtype)
     same = loaded.fingerprint == chunkkv.model_fingerprint(tiny_llama())
     assert same == (dtype == "float32")
+
+
+@pytest.mark.parametrize("weights_dtype", get_args(WeightsDtype))
+def test_form_of_the_weights_makes_no_other_model(folder: Path, weights_dtype: WeightsDtype):
+    loaded = load_model(str(folder), weights_dtype=weights_dtype)
+
+    assert loaded.fingerprint == chunkkv.model_fingerprint(tiny_llama())
+    assert loaded.model.dtype == torch.float32
+    assert loaded.device == torch.device("cpu")
+    assert (type(loaded.model.lm_head) is nn.Linear) == (weights_dtype == "model")
+
+
+def test_unknown_form_of_the_weights_is_refused(folder: Path):
+    with pytest.raises(SystemExit, match=r"cannot load the model .* weights_dtype is 'int3'; use"):
+        load_model(str(folder), weights_dtype="int3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [DecodeSettings, PrefillSettings])
+def test_unknown_form_in_the_environment_names_the_variable(
+    settings: type[ServiceSettings], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CHUNKSERVE_MODEL", "any")
+    monkeypatch.setenv("CHUNKSERVE_WEIGHTS_DTYPE", "int3")
+
+    with pytest.raises(SystemExit, match=r"CHUNKSERVE_WEIGHTS_DTYPE='int3': .*'auto', 'model'"):
+        config.load(settings)
 
 
 def test_every_token_that_ends_an_answer_is_known(tmp_path: Path):
