@@ -7,6 +7,7 @@ the weights come in. Knows linear layers; knows nothing of attention, embeddings
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -21,6 +22,8 @@ _ROWS_HINT: Final = 8
 # torch's int8 kernel reads weights in such steps, past their end if there is a rest.
 _INT8_STEP: Final = 16
 
+# Layers of one parent that multiply the same input.
+_FUSED: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Of a float16 model, none: few CPUs multiply it.
 _AUTO: Final[dict[torch.dtype, WeightsDtype]] = {
     torch.float32: "float32",
@@ -37,8 +40,9 @@ def pack_weights(model: Any, weights_dtype: WeightsDtype = "auto") -> WeightsDty
     and returns what it did: ``(..., in_features)`` to ``(..., out_features)`` in the activations'
     dtype. An embedding that shares its weight with the head stays as it is. Left alone are
     subclasses of ``nn.Linear``, layers with hooks or a ``forward`` of their own (LoRA wrappers,
-    offloading), and with ``int8`` those whose ``in_features`` is no multiple of 16. A packed
-    model can neither be trained, saved nor moved.
+    offloading), and with ``int8`` those whose ``in_features`` is no multiple of 16. Projections
+    of one input (queries, keys and values; gate and up) are multiplied at once, except in int8.
+    A packed model can neither be trained, saved nor moved.
 
     In all forms but ``model``, a row's result does not depend on the rows beside it.
 
@@ -64,56 +68,94 @@ def pack_weights(model: Any, weights_dtype: WeightsDtype = "auto") -> WeightsDty
     form = _choose(model, weights_dtype)
     if form == "model":
         return form
-    head = model.get_output_embeddings()
-    head_form = form if model.dtype == torch.bfloat16 else "float32"
-    places: defaultdict[nn.Module, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        if _is_packable(module, form):
-            places[module].append(path)
-    num_layers = len(places)
-    # One layer after the other, so that its old weight is free before the next one is packed.
-    while places:
-        linear, paths = places.popitem()
-        packed = _pack(linear, head_form if linear is head else form)
-        for path in paths:
+    groups = _groups(model, form)
+    _log.info("models.weights_packed", weights_dtype=form, num_products=len(groups))
+    # One group after the other, so that old weights are free before the next are packed.
+    while groups:
+        for path, packed in _pack(*groups.pop()).items():
             model.set_submodule(path, packed)
-    _log.info("models.weights_packed", weights_dtype=form, num_layers=num_layers)
+    # What is left may lie in the mapped file of the whole model: copied, it lets go of the file.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return form
 
 
 class OneDnnLinear(nn.Module):
-    """A linear layer whose weight oneDNN has laid out for few rows.
+    """Linear layers of one input, whose weights oneDNN has laid out for few rows.
+
+    Takes ``(batch, ..., in_features)``, returns ``(batch, ..., sum of out_features)``.
 
     Args:
-        linear: The layer; not changed.
-        dtype: Of the weight and of the product, float32 or bfloat16.
+        linears: The layers, all with a bias or all without; not changed.
+        dtype: Of the weights and of the product, float32 or bfloat16.
     """
 
     weight: torch.Tensor  # opaque: oneDNN's layout
     bias: torch.Tensor | None
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().to(dtype)
+        self.in_features = linears[0].in_features
+        self.out_features = sum(linear.out_features for linear in linears)
+        weight = torch.cat([linear.weight.detach().to(dtype) for linear in linears])
         weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
         self.register_buffer("weight", weight, persistent=False)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self.register_buffer("bias", bias, persistent=False)
+        biases = [linear.bias.detach().float() for linear in linears if linear.bias is not None]
+        self.register_buffer("bias", torch.cat(biases) if biases else None, persistent=False)
+        self._dtype = dtype
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features)
-        rows = x.to(self.weight.dtype)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.to(self._dtype)
         if x.numel() != self.in_features:
             return self._product(rows).to(x.dtype)
         # One row alone takes another kernel, which adds in another order.
-        y = self._product(rows.reshape(1, -1).expand(2, -1))[0]
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return self._product(torch.cat((rows, rows)))[:1].to(x.dtype)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, "none", [], ""
         )
         return y
+
+
+class FusedLinears(nn.Module):
+    """Linear layers of one input, multiplied at once when the first of them is called.
+
+    Nobody may change the input in place until the last of them was called.
+
+    Args:
+        linears: The layers, all with a bias or all without; not changed.
+        dtype: Of the weights and of the product, float32 or bfloat16.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.product = OneDnnLinear(linears, dtype)
+        self._sizes = [linear.out_features for linear in linears]
+        # The last input and the layers' results that nobody has taken. One tuple, read and
+        # written at once: a thread that finds another's input multiplies again.
+        self._held: tuple[torch.Tensor | None, dict[int, torch.Tensor]] = (None, {})
+
+    def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer ``index`` makes of ``x``."""
+        source, results = self._held
+        if source is not x or index not in results:
+            results = dict(enumerate(self.product(x).split(self._sizes, dim=-1)))
+        y = results.pop(index)
+        self._held = (x, results) if results else (None, {})
+        return y
+
+
+class LinearPart(nn.Module):
+    """Stands where one of the layers of ``FusedLinears`` stood."""
+
+    def __init__(self, fused: FusedLinears, index: int) -> None:
+        super().__init__()
+        self.fused = fused
+        self._index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fused.take(self._index, x)
 
 
 class Int8Linear(nn.Module):
@@ -166,6 +208,25 @@ def _choose(model: Any, weights_dtype: WeightsDtype) -> WeightsDtype:
     return _AUTO.get(model.dtype, "model") if is_auto else weights_dtype
 
 
+def _groups(model: Any, form: WeightsDtype) -> list[tuple[WeightsDtype, dict[str, nn.Linear]]]:
+    """Return the layers to pack, by path; together those that are multiplied at once."""
+    places: defaultdict[nn.Linear, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if _is_packable(module, form):
+            places[module].append(path)
+    groups: defaultdict[Hashable, dict[str, nn.Linear]] = defaultdict(dict)
+    for linear, paths in places.items():
+        parent, _, name = paths[0].rpartition(".")
+        together: Hashable = name
+        if form != "int8" and len(paths) == 1:
+            together = next((names for names in _FUSED if name in names), name)
+        key = (parent, together, linear.in_features, linear.bias is None)
+        groups[key].update(dict.fromkeys(paths, linear))
+    head = model.get_output_embeddings()
+    head_form: WeightsDtype = form if model.dtype == torch.bfloat16 else "float32"
+    return [(head_form if head in each.values() else form, each) for each in groups.values()]
+
+
 def _is_packable(module: nn.Module, form: WeightsDtype) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
@@ -174,7 +235,17 @@ def _is_packable(module: nn.Module, form: WeightsDtype) -> bool:
     return form != "int8" or module.in_features % _INT8_STEP == 0
 
 
-def _pack(linear: Any, form: WeightsDtype) -> nn.Module:
+def _pack(form: WeightsDtype, group: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
+    """Return what takes the place of the layers, by path."""
+    linears = list(dict.fromkeys(group.values()))
+    dtype = torch.float32 if form == "float32" else torch.bfloat16
+    packed: list[nn.Module]
     if form == "int8":
-        return Int8Linear(linear)
-    return OneDnnLinear(linear, torch.float32 if form == "float32" else torch.bfloat16)
+        packed = [Int8Linear(linear) for linear in linears]
+    elif len(linears) == 1:
+        packed = [OneDnnLinear(linears, dtype)]
+    else:
+        fused = FusedLinears(linears, dtype)
+        packed = [LinearPart(fused, index) for index in range(len(linears))]
+    by_linear = dict(zip(linears, packed, strict=True))
+    return {path: by_linear[linear] for path, linear in group.items()}

@@ -102,7 +102,7 @@ def ways(model: nn.Module) -> dict[str, tuple[int, list[tuple[int, Layer]]]]:
         return lambda x: F.linear(x.bfloat16(), weight).float()
 
     def packed(dtype: torch.dtype) -> Callable[[nn.Linear], Layer]:
-        return lambda layer: OneDnnLinear(layer, dtype)
+        return lambda layer: OneDnnLinear([layer], dtype)
 
     return {
         "F.linear fp32": made(4, lambda layer: layer),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import get_args
 
@@ -60,6 +61,23 @@ def test_form_of_the_weights_makes_no_other_model(folder: Path, weights_dtype: W
     assert loaded.model.dtype == torch.float32
     assert loaded.device == torch.device("cpu")
     assert (type(loaded.model.lm_head) is nn.Linear) == (weights_dtype == "model")
+
+
+def test_packed_model_lets_go_of_the_file_that_it_was_mapped_from(tmp_path: Path):
+    def is_mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    tiny_llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+
+    as_loaded = load_model(str(tmp_path))
+    assert is_mapped()
+    del as_loaded
+    gc.collect()
+    packed = load_model(str(tmp_path), weights_dtype="float32")
+
+    assert not is_mapped()
+    assert packed.model.num_parameters() > 0
 
 
 def test_unknown_form_of_the_weights_is_refused(folder: Path):
