@@ -21,10 +21,11 @@ class Documents:
     def next(self, num_tokens: int) -> list[int]:
         """Return ``num_tokens`` tokens of a document that differs from all before it."""
         self._num_made += 1
-        text = haystack(
-            self._tokenizer, num_tokens=num_tokens, num_needles=0, seed=self._num_made
-        ).text
-        return self.ids(f"Document {self._num_made}. {text}")[:num_tokens]
+        # Sentences in a row have fewer tokens than one by one.
+        prose = haystack(
+            self._tokenizer, num_tokens=2 * num_tokens, num_needles=0, seed=self._num_made
+        )
+        return self.ids(f"Document {self._num_made}. {prose.text}")[:num_tokens]
 
     def question(self) -> list[int]:
         """Return a short turn behind a document."""

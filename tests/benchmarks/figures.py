@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,11 @@ def print_figures(title: str, figures: Sequence[Figure]) -> None:
         if figure.at_most is not None:
             bar = f"{_plain(figure.at_most):>10} {'' if figure.is_met else ' MISSED'}"
         print(f"{figure.name:60}{_plain(figure.value):>12} {figure.unit:8}{bar}", flush=True)
+
+
+def tell(text: str) -> None:
+    """Say on stderr what is being done, in the place of what was."""
+    print(f"\r{text:70}", end="", file=sys.stderr, flush=True)
 
 
 def _plain(value: float) -> str:

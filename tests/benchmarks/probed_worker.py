@@ -25,7 +25,7 @@ from services.decode.attention import kv_geometry
 from services.decode.config import DecodeSettings
 from services.decode.limit import KVLimit
 from services.decode.memory import aligned
-from services.decode.placement import KVMemory, Placement
+from services.decode.placement import Placement
 from services.decode.sequence import DecodeSequence
 from services.decode.sequence_kv import tail_tokens
 from services.decode.tail import tail_size_bytes
@@ -143,7 +143,7 @@ class ProbedWorker:
         while True:
             state = self.state()
             is_idle = not state.num_active and state.num_tasks <= num_tasks
-            if is_idle and not state.leaked_bytes or time.monotonic() > deadline:
+            if (is_idle and not state.leaked_bytes) or time.monotonic() > deadline:
                 return state
             await asyncio.sleep(0.05)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from chunkserve_client import Client, Compression, Session
 from tests.benchmarks.documents import Documents
-from tests.benchmarks.figures import Figure
+from tests.benchmarks.figures import Figure, tell
 from tests.benchmarks.probed_worker import ProbedWorker
 from tests.benchmarks.service_stack import Heard, ServiceStack, listen
 
@@ -76,7 +75,7 @@ async def _cancelled(
     cancelled = set(rng.sample(range(NUM_STREAMS), NUM_CANCELLED))
     num_tasks = worker.state().num_tasks
     async with stack.client() as client:
-        _say(f"{NUM_STREAMS} streams at once")
+        tell(f"{NUM_STREAMS} streams at once")
         heard = [Heard() for _ in asks]
         async with asyncio.TaskGroup() as group:
             for number, ask in enumerate(asks):
@@ -88,11 +87,11 @@ async def _cancelled(
         differing = 0
         kept = sorted(set(range(NUM_STREAMS)) - cancelled)
         for done, number in enumerate(kept):
-            _say(f"alone: {done + 1} of {len(kept)}")
+            tell(f"alone: {done + 1} of {len(kept)}")
             alone = Heard()
             await _answer(client, asks[number], alone)
             differing += alone.token_ids != heard[number].token_ids
-    _say("\n")
+    tell("\n")
     cut = [heard[number] for number in cancelled]
     name = f"{NUM_STREAMS} streams, {NUM_CANCELLED} cancelled:"
     return [
@@ -144,17 +143,17 @@ async def _mixed_lengths(stack: ServiceStack, documents: Documents) -> list[Figu
     async with stack.client() as client:
         pairs = []
         for length, keep_ratio in MIXED:
-            _say(f"mixed lengths: preparing {length} tokens")
+            tell(f"mixed lengths: preparing {length} tokens")
             prompt = documents.next(length)
             compression = Compression(keep_ratio=keep_ratio)
             # The second finds the first one's segment, so both begin with the same KV.
             pairs.append([await _after_turn(client, prompt, compression) for _ in range(2)])
-        _say("mixed lengths: alone, then together")
+        tell("mixed lengths: alone, then together")
         alone = [await _next_turn(session, documents, MIXED_TOKENS) for session, _ in pairs]
         together = await asyncio.gather(
             *(_next_turn(session, documents, MIXED_TOKENS) for _, session in pairs)
         )
-    _say("\n")
+    tell("\n")
     differing = sum(a.token_ids != b.token_ids for a, b in zip(alone, together, strict=True))
     name = f"{len(MIXED)} lengths ({MIXED[0][0]} to {MIXED[-1][0]:,}) in a batch:"
     return [Figure(f"{name} unlike solo", differing, at_most=0)]
@@ -180,12 +179,12 @@ async def _stored_sessions(
     async with stack.client() as client:
         sessions = []
         for number in range(NUM_SESSIONS + 1):
-            _say(f"sessions: preparing {number} of {NUM_SESSIONS}")
+            tell(f"sessions: preparing {number} of {NUM_SESSIONS}")
             prompt = documents.next(SESSION_PROMPT)
             sessions.append(await _after_turn(client, prompt, Compression(keep_ratio=1.0)))
         worker.admissions()
         await _next_turn(sessions.pop(), documents, SESSION_TOKENS)
-    _say("\n")
+    tell("\n")
     return [session.session_id for session in sessions], worker.admissions().sizes[0]
 
 
@@ -209,7 +208,3 @@ async def _crowded(
         Figure(f"{name} peak_bytes", state.peak_bytes, "B", at_most=state.size_bytes),
         Figure(f"{name} process grew by", state.rss_bytes, "B"),
     ]
-
-
-def _say(text: str) -> None:
-    print(f"\r{text:60}", end="", file=sys.stderr, flush=True)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from chunkserve_client import Client, Compression, Session
 from tests.benchmarks.documents import Documents
-from tests.benchmarks.figures import Figure
+from tests.benchmarks.figures import Figure, tell
 from tests.benchmarks.probed_worker import ProbedWorker
 from tests.benchmarks.service_stack import Heard, ServiceStack, listen
 
-NUM_TOKENS = 100
+NUM_TOKENS = 64
 NUM_REPEATS = 5
 MOST_MS = 2.0  # the bar: between engine and client, half of the tokens, 16 streams
 
@@ -35,9 +35,7 @@ def measure_streams(model: str, documents: Documents) -> list[Figure]:
         return asyncio.run(_measure(stack, worker, documents))
 
 
-async def _measure(
-    stack: ServiceStack, worker: ProbedWorker, documents: Documents
-) -> list[Figure]:
+async def _measure(stack: ServiceStack, worker: ProbedWorker, documents: Documents) -> list[Figure]:
     figures: list[Figure] = []
     async with stack.client() as client:
         for num_streams in (1, 16):
@@ -50,7 +48,8 @@ async def _relay(
 ) -> list[Figure]:
     """Compare when tokens were chosen and when they arrived."""
     repeats = []
-    for _ in range(NUM_REPEATS):
+    for number in range(NUM_REPEATS):
+        tell(f"{num_streams} streams: {number + 1} of {NUM_REPEATS}")
         prompts = [documents.next(30) for _ in range(num_streams)]
         heard = await asyncio.gather(
             *(
@@ -91,7 +90,8 @@ async def _joins(client: Client, worker: ProbedWorker, documents: Documents) -> 
     ]
     try:
         joins = []
-        for session in sessions:
+        for number, session in enumerate(sessions):
+            tell(f"join {number + 1} of {NUM_JOINS}")
             await _arrived(running, TOKENS_BETWEEN_JOINS)
             start_ns = time.monotonic_ns()
             joined = await listen(session, documents.question(), seed=NUM_RUNNING, max_tokens=4)
@@ -103,6 +103,7 @@ async def _joins(client: Client, worker: ProbedWorker, documents: Documents) -> 
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
+    tell("\n")
     gaps = _gaps(worker.token_times())
     longest = [
         max(end - start for start, end in gaps if end > join[0] and start < join[1]) / 1e6
@@ -133,7 +134,7 @@ async def _stored_session(client: Client, documents: Documents) -> Session:
 async def _arrived(answers: Sequence[Heard], num_tokens: int) -> None:
     """Wait until each answer has so many more tokens."""
     wanted = [len(answer.token_ids) + num_tokens for answer in answers]
-    while any(len(a.token_ids) < n for a, n in zip(answers, wanted, strict=True)):
+    while any(len(a.token_ids) < n for a, n in zip(answers, wanted, strict=True)):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from chunkserve_client import Client, Compression, Session
 from tests.benchmarks.documents import Documents
-from tests.benchmarks.figures import Figure
+from tests.benchmarks.figures import Figure, tell
 from tests.benchmarks.service_stack import ServiceStack, listen
 
 NUM_SESSIONS = 8
@@ -67,9 +66,9 @@ async def _through_service(
         started = time.monotonic()
         sessions = []
         for number, prompt in enumerate(prompts):
-            _say(f"keep_ratio {keep_ratio:g}: prefilling {number + 1} of {len(prompts)}")
+            tell(f"keep_ratio {keep_ratio:g}: prefilling {number + 1} of {len(prompts)}")
             sessions.append(await _prefilled(client, prompt, keep_ratio))
-        _say(f"keep_ratio {keep_ratio:g}: prefilled in {time.monotonic() - started:.0f} s\n")
+        tell(f"keep_ratio {keep_ratio:g}: prefilled in {time.monotonic() - started:.0f} s\n")
         heard = await asyncio.gather(
             *(
                 listen(session, question, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -99,7 +98,7 @@ def _transformers(model: str, prompts: Sequence[list[int]]) -> tuple[float, floa
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    _say("transformers: prefilling")
+    tell("transformers: prefilling")
     steps = _Steps()
     loaded.generate(
         torch.tensor(prompts),
@@ -110,7 +109,7 @@ def _transformers(model: str, prompts: Sequence[list[int]]) -> tuple[float, floa
         streamer=steps,
     )
     times = steps.times_s[1:]  # the first is the prompt's
-    _say("transformers: done\n")
+    tell("transformers: done\n")
     gaps_ms = [1000 * (end - start) for start, end in itertools.pairwise(times)]
     return _rate([at for at in times for _ in prompts]), statistics.median(gaps_ms)
 
@@ -126,7 +125,3 @@ class _Steps(BaseStreamer):  # type: ignore[misc]
 
     def end(self) -> None:
         pass
-
-
-def _say(text: str) -> None:
-    print(f"\r{text:60}", end="", file=sys.stderr, flush=True)
