@@ -115,18 +115,21 @@ class ProbedWorker:
 
     def state(self) -> WorkerState:
         """Return what it holds now."""
-        return self._ask("state")
+        state: WorkerState = self._ask("state")
+        return state
 
     def token_times(self) -> dict[tuple[int, int], int]:
         """Return ``time.monotonic_ns()`` of the tokens chosen since the last call.
 
         By the request's seed and the token's place in the answer.
         """
-        return self._ask("token_times")
+        times: dict[tuple[int, int], int] = self._ask("token_times")
+        return times
 
     def admissions(self) -> Admissions:
         """Return how requests got memory since the last call."""
-        return self._ask("admissions")
+        admissions: Admissions = self._ask("admissions")
+        return admissions
 
     def forget(self) -> None:
         """Give up all segments that nobody uses, so that they must be fetched again."""
@@ -232,7 +235,7 @@ class _Probe:
                 self._tokens[key] = time.monotonic_ns()
             return delta
 
-        DecodeSequence.accept = noted
+        DecodeSequence.accept = noted  # type: ignore[assignment,method-assign]
 
     def _note_admissions(self) -> None:
         memory = self._worker.memory
@@ -263,4 +266,4 @@ class _Probe:
                 finally:
                     self._num_placed -= 1
 
-        memory.placed = noted
+        memory.placed = noted  # type: ignore[method-assign]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkserve_client import Client, Compression, Session
+from chunkserve_client import Cancelled, Client, Compression, Session
 from tests.benchmarks.documents import Documents
 from tests.benchmarks.figures import Figure, tell
 from tests.benchmarks.probed_worker import ProbedWorker
@@ -124,7 +125,7 @@ async def _answer(client: Client, ask: Ask, heard: Heard) -> None:
 
 async def _cut(answer: Any, heard: Heard, rng: random.Random) -> None:
     """Cancel an answer at a random moment, or after a random token."""
-    at_s, at_token = rng.uniform(0, LATEST_CANCEL_S), rng.randrange(STREAM_TOKENS)
+    at_s, at_token = rng.uniform(0, LATEST_CANCEL_S), rng.randrange(STREAM_TOKENS - 1)
     is_timed = rng.random() < 0.5
     task = asyncio.ensure_future(answer)
     if is_timed:
@@ -133,7 +134,8 @@ async def _cut(answer: Any, heard: Heard, rng: random.Random) -> None:
         while len(heard.token_ids) <= at_token and not task.done():
             await asyncio.wait([task], timeout=0.005)
     task.cancel()
-    await asyncio.wait([task])
+    with suppress(asyncio.CancelledError, Cancelled):
+        await task
 
 
 # Sequences of very different lengths in one batch.

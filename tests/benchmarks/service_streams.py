@@ -23,6 +23,9 @@ NUM_JOINS = 7
 JOINING_TOKENS = 1000
 TOKENS_BETWEEN_JOINS = 12
 
+# Start and end, ``time.monotonic_ns()``.
+Span = tuple[int, int]
+
 
 def measure_streams(model: str, documents: Documents) -> list[Figure]:
     """Return the figures of this part.
@@ -88,39 +91,36 @@ async def _joins(client: Client, worker: ProbedWorker, documents: Documents) -> 
         )
         for seed, heard in enumerate(running)
     ]
+    joins: list[Span] = []
     try:
-        joins = []
         for number, session in enumerate(sessions):
             tell(f"join {number + 1} of {NUM_JOINS}")
             await _arrived(running, TOKENS_BETWEEN_JOINS)
-            start_ns = time.monotonic_ns()
-            joined = await listen(session, documents.question(), seed=NUM_RUNNING, max_tokens=4)
-            assert joined.prompt_info is not None
-            assert joined.prompt_info.fetched_bytes > 0, "nothing was fetched"
-            joins.append((start_ns, joined.arrived_ns[0]))
+            joins.append(await _join(session, documents))
         await _arrived(running, TOKENS_BETWEEN_JOINS)
     finally:
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
     tell("\n")
-    gaps = _gaps(worker.token_times())
-    longest = [
-        max(end - start for start, end in gaps if end > join[0] and start < join[1]) / 1e6
-        for join in joins
-    ]
-    usual = statistics.median(
-        (end - start) / 1e6
-        for start, end in gaps
-        if start > joins[0][0] and not any(end > join[0] and start < join[1] for join in joins)
+    return _stalls(_gaps(worker.token_times()), joins)
+
+
+def _stalls(gaps: Sequence[Span], joins: Sequence[Span]) -> list[Figure]:
+    usual_ms = statistics.median(
+        _length_ms(gap)
+        for gap in gaps
+        if gap[0] > joins[0][0] and not any(_overlap(gap, join) for join in joins)
     )
+    longest_ms = [max(_length_ms(gap) for gap in gaps if _overlap(gap, join)) for join in joins]
+    median_ms = statistics.median(longest_ms)
     name = f"{NUM_RUNNING} streams, {JOINING_TOKENS:,} kept tokens join:"
     return [
-        Figure(f"{name} median gap without", usual, "ms"),
-        Figure(f"{name} longest gap, median of {NUM_JOINS}", statistics.median(longest), "ms"),
-        Figure(f"{name} longest gap, maximum", max(longest), "ms"),
-        Figure(f"{name} stall, median", statistics.median(longest) - usual, "ms"),
-        Figure(f"{name} stall, maximum", max(longest) - usual, "ms"),
+        Figure(f"{name} median gap without", usual_ms, "ms"),
+        Figure(f"{name} longest gap, median of {len(joins)}", median_ms, "ms"),
+        Figure(f"{name} longest gap, maximum", max(longest_ms), "ms"),
+        Figure(f"{name} stall, median", median_ms - usual_ms, "ms"),
+        Figure(f"{name} stall, maximum", max(longest_ms) - usual_ms, "ms"),
     ]
 
 
@@ -131,6 +131,15 @@ async def _stored_session(client: Client, documents: Documents) -> Session:
     return session
 
 
+async def _join(session: Session, documents: Documents) -> Span:
+    """Ask a session that the worker must fetch; return when this began, and the first token."""
+    start_ns = time.monotonic_ns()
+    joined = await listen(session, documents.question(), seed=NUM_RUNNING, max_tokens=4)
+    assert joined.prompt_info is not None
+    assert joined.prompt_info.fetched_bytes > 0, "nothing was fetched"
+    return start_ns, joined.arrived_ns[0]
+
+
 async def _arrived(answers: Sequence[Heard], num_tokens: int) -> None:
     """Wait until each answer has so many more tokens."""
     wanted = [len(answer.token_ids) + num_tokens for answer in answers]
@@ -138,10 +147,18 @@ async def _arrived(answers: Sequence[Heard], num_tokens: int) -> None:
         await asyncio.sleep(0.01)
 
 
-def _gaps(chosen_ns: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
-    """Return start and end of each gap between two tokens of a running stream."""
-    gaps = []
+def _gaps(chosen_ns: dict[tuple[int, int], int]) -> list[Span]:
+    """Return each gap between two tokens of a running stream."""
+    gaps: list[Span] = []
     for seed in range(NUM_RUNNING):
         times = [at for (own, _), at in sorted(chosen_ns.items()) if own == seed]
         gaps += itertools.pairwise(times)
     return gaps
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    return one[1] > other[0] and one[0] < other[1]
+
+
+def _length_ms(span: Span) -> float:
+    return (span[1] - span[0]) / 1e6
