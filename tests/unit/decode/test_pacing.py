@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,15 +77,43 @@ def test_where_no_stream_runs_a_step_takes_all_that_it_may(max_stall_ms: float) 
     assert step(pace, plain_ms=5, token_ms=100, num_streams=0) == MAX_TOKENS
 
     assert pace.known_tokens(num_streams=0) == MAX_TOKENS
-    assert pace.known_tokens(num_streams=1) == 1
 
 
 def test_a_prompt_that_ran_alone_tells_what_tokens_cost() -> None:
     pace = Pace(50, MAX_TOKENS)
 
     step(pace, plain_ms=5, token_ms=2, num_streams=0)
+    pace.observe(5, num_streams=1, num_known_tokens=0)
 
     assert pace.known_tokens(num_streams=1) == 25
+
+
+def test_a_short_prompt_alone_does_not_make_tokens_look_dear() -> None:
+    pace = learned(max_stall_ms=50, plain_ms=40, token_ms=2)
+
+    pace.observe(60, num_streams=0, num_known_tokens=10)
+
+    assert pace.known_tokens(num_streams=3) == 25
+
+
+def test_sequences_that_join_one_after_another_are_not_blamed_for_each_other() -> None:
+    pace = learned(max_stall_ms=50, plain_ms=60, token_ms=2)
+
+    for num_streams in range(3, 12):
+        for _ in range(2):
+            known = step(pace, plain_ms=20 * num_streams, token_ms=2, num_streams=num_streams)
+
+        assert known == 25
+
+
+@pytest.mark.parametrize("period", [2, 3, 5])
+def test_streams_that_come_and_go_leave_every_other_step_to_known_tokens(period: int) -> None:
+    pace = learned(max_stall_ms=50, plain_ms=5, token_ms=2)
+
+    taken = [step(pace, plain_ms=5, token_ms=2, num_streams=4 + i % period) for i in range(20)]
+
+    assert set(taken) == {0, 25}
+    assert (0, 0) not in itertools.pairwise(taken)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 8, 16, 256])
