@@ -54,6 +54,8 @@ class DecodeWorker:
             loaded,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             max_stall_ms=settings.max_stall_ms,
+            # Ray sets OMP_NUM_THREADS to a replica's share of CPUs: torch's default is of no use.
+            num_threads=settings.torch_threads or len(os.sched_getaffinity(0)),
         )
         self._loaded = loaded
         self._store = store
@@ -140,8 +142,7 @@ class DecodeWorker:
 
 def load(settings: DecodeSettings) -> LoadedModel:
     """Load the model that the settings name. Takes seconds to minutes: call it from a thread."""
-    # Ray sets OMP_NUM_THREADS to a replica's share of CPUs, so torch's own default is of no use.
-    torch.set_num_threads(settings.torch_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)  # the engine's thread alone computes with more
     return load_model(
         settings.model,
         name=settings.model_name,

@@ -65,7 +65,7 @@ def main() -> None:
     use_sequences(loaded.model)
     ids = text_tokens(loaded, options.tokens)
     cases: list[tuple[str, KVLimit | None]] = [("all KV kept", None)]
-    for bound in (2048, 1536, 1024, 768):
+    for bound in (1536, 1024, 768):
         for name, policy in POLICIES.items():
             cases.append((f"{bound}, {name}", KVLimit(bound, policy)))
 

@@ -143,6 +143,7 @@ async def _join(session: Session, documents: Documents) -> Span:
 async def _arrived(answers: Sequence[Heard], num_tokens: int) -> None:
     """Wait until each answer has so many more tokens."""
     wanted = [len(answer.token_ids) + num_tokens for answer in answers]
+    # Nobody tells when an answer grows: an event for each token would cost what is measured.
     while any(len(a.token_ids) < n for a, n in zip(answers, wanted, strict=True)):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 

@@ -570,3 +570,25 @@ async def test_an_engine_that_was_never_started_can_be_stopped(served):
     await engine.stop()
 
     assert not engine.is_running
+
+
+async def test_the_engines_thread_alone_computes_with_several(served):
+    before = torch.get_num_threads()
+    seen = []
+
+    class Counting(SteppedModel):
+        def __call__(self, **inputs: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return super().__call__(**inputs)
+
+    model = Counting(served.model)
+    model.allow_all()
+    try:
+        async with running(dataclasses.replace(served, model=model), num_threads=3) as rig:
+            await rig.answer(task_of(PROMPT, max_tokens=2))
+            others = await asyncio.to_thread(torch.get_num_threads)
+    finally:
+        torch.set_num_threads(before)
+
+    assert set(seen) == {3}
+    assert others == 1
