@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from chunkkv.compressed import CompressedKV, LayerShape, SpanShape
-from chunkkv.errors import InvalidInputError, MismatchError
+from chunkkv.errors import InvalidInputError
 
 WHOLE: str = "whole"
 """Policy name of spans that are kept as they are, without scores."""
@@ -220,15 +220,7 @@ class KVCache(Cache):  # type: ignore[misc]
             MismatchError: The span starts elsewhere, or has another number of layers.
             InvalidInputError: The heads of a layer keep different numbers of tokens.
         """
-        if len(segment.layers) != len(self.layers):
-            raise MismatchError(
-                f"span has {len(segment.layers)} layers, the model has {len(self.layers)}"
-            )
-        if segment.first_token != self.get_seq_length():
-            raise MismatchError(
-                f"span starts at token {segment.first_token}, "
-                f"the cache ends at token {self.get_seq_length()}"
-            )
+        segment.check_follows(num_tokens=self.get_seq_length(), num_layers=len(self.layers))
         for layer, kept in zip(self.layers, segment.layers, strict=True):
             keys, values = (part[None] for part in kept.by_head())
             if kept.is_sliding:

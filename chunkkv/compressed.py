@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from chunkkv.errors import InvalidInputError
+from chunkkv.errors import InvalidInputError, MismatchError
 
 ALIGNMENT: Final = 64
 
@@ -166,6 +166,23 @@ class CompressedKV:
     def size_bytes(self) -> int:
         """Bytes of keys, values, positions and scores."""
         return self.memory.numel()
+
+    def check_follows(self, *, num_tokens: int, num_layers: int) -> None:
+        """Check that the span continues a cache.
+
+        Args:
+            num_tokens: Tokens that the cache has seen.
+            num_layers: Layers of the model.
+
+        Raises:
+            MismatchError: The span starts elsewhere, or has another number of layers.
+        """
+        if len(self.layers) != num_layers:
+            raise MismatchError(f"span has {len(self.layers)} layers, the model has {num_layers}")
+        if self.first_token != num_tokens:
+            raise MismatchError(
+                f"span starts at token {self.first_token}, the cache ends at token {num_tokens}"
+            )
 
     def to(self, device: torch.device | str) -> CompressedKV:
         """Return it on a device, in one copy; itself if it is there already."""

@@ -212,9 +212,7 @@ def fetched_segments(
     with pool.lend(sum(header.size_bytes for header, _ in headers)) as memory:
         spans, start = [], 0
         for header, _ in headers:
-            own = memory[start : start + header.size_bytes]
-            _receive(store, header, own)
-            spans.append(header.open(own))
+            spans.append(_receive(store, header, memory[start : start + header.size_bytes]))
             start += header.size_bytes
         size_bytes = start + sum(length for _, length in headers)
         yield FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)
@@ -243,9 +241,7 @@ def receive_segment(
             f"segment {name} has {header.size_bytes} bytes, more than the {len(memory)} that its "
             "session names"
         )
-    own = memory[: header.size_bytes]
-    _receive(store, header, own)
-    return header.open(own)
+    return _receive(store, header, memory[: header.size_bytes])
 
 
 def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.Header, int]:
@@ -257,9 +253,12 @@ def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.H
     return header, len(data)
 
 
-def _receive(store: SegmentStore, header: chunkkv.Header, memory: memoryview) -> None:
+def _receive(
+    store: SegmentStore, header: chunkkv.Header, memory: memoryview
+) -> chunkkv.CompressedKV:
     """Receive a segment's parts; each is checked while it is still in the processor's cache."""
     with closing(store.fetch_parts(header.identity, header.part_sizes, memory)) as parts:
         for index, part in enumerate(parts):
             with library_errors():
                 header.check_part(index, part)
+    return header.open(memory)

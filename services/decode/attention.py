@@ -133,14 +133,7 @@ class _Shapes:
         self.dtype = torch.float32
 
     def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any
     ) -> torch.Tensor:
         self.shapes[layer] = (key.shape[0], key.shape[2], value.shape[2])
         self.dtype = key.dtype

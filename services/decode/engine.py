@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -164,13 +164,12 @@ class Engine:
         with self._changed:
             while self._is_running:
                 self._drop_ended()
-                if shares := self._share(each for each in self._generations if each.has_room):
+                if shares := self._share([each for each in self._generations if each.has_room]):
                     return shares
                 self._changed.wait()
         return []
 
-    def _share(self, ready: Iterable[Generation]) -> list[_Share]:
-        ready = list(ready)
+    def _share(self, ready: Sequence[Generation]) -> list[_Share]:
         streams = [each for each in ready if each.sequence.num_pending == 1]
         catching_up = [each for each in ready if each.sequence.num_pending > 1]
         shares = [_Share(generation, 1, is_stream=True) for generation in streams]
@@ -248,7 +247,9 @@ class Engine:
 
     def _drop_ended(self) -> None:
         """Let go of those that were cancelled, and of answers that had ended when they came."""
-        ended = [each for each in self._generations if each.is_cancelled or each.is_finished]
+        ended = [
+            each for each in self._generations if each.is_cancelled or each.sequence.is_finished
+        ]
         self._release([(generation, None) for generation in ended])
 
     def _release(self, ended: Sequence[tuple[Generation, Exception | None]]) -> None:

@@ -61,10 +61,7 @@ class KVFetcher:
             MismatchError: A segment is another model's, or does not follow the one before.
         """
         started = time.perf_counter()
-        fetched: dict[str, chunkkv.CompressedKV] = {}
-        if placement.missing:
-            fetched = await placement.in_thread(self._fetch, placement)
-        kv = await placement.in_thread(self._assemble, manifest, placement, fetched)
+        kv, fetched = await placement.in_thread(self._fetch, manifest, placement)
         if manifest.session_id:  # a one-off request's segments are nobody else's
             for segment, block in placement.missing:
                 self._memory.publish(placement, segment, block, fetched[segment.segment_id])
@@ -74,11 +71,15 @@ class KVFetcher:
             fetch_ms=(time.perf_counter() - started) * 1000,
         )
 
-    def _fetch(self, placement: Placement) -> dict[str, chunkkv.CompressedKV]:
-        return {
+    def _fetch(
+        self, manifest: manifest_pb2.Manifest, placement: Placement
+    ) -> tuple[SequenceKV, dict[str, chunkkv.CompressedKV]]:
+        """Return the conversation's KV, and the spans that were missing, by segment. Blocks."""
+        fetched = {
             segment.segment_id: self._receive(segment.segment_id, block)
             for segment, block in placement.missing
         }
+        return self._assemble(manifest, placement, placement.spans | fetched), fetched
 
     def _receive(self, segment_id: str, block: Block) -> chunkkv.CompressedKV:
         pool: KVPool = self._memory.pool
@@ -97,9 +98,8 @@ class KVFetcher:
         self,
         manifest: manifest_pb2.Manifest,
         placement: Placement,
-        fetched: dict[str, chunkkv.CompressedKV],
+        spans: dict[str, chunkkv.CompressedKV],
     ) -> SequenceKV:
-        spans = placement.spans | fetched
         with torch.inference_mode(), library_errors():
             return SequenceKV(
                 self._geometry,

@@ -91,11 +91,6 @@ class Generation:
         """Whether one more delta may be put."""
         return len(self._waiting) < self._capacity
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether there is nothing left to generate."""
-        return self.sequence.is_finished
-
     def put(self, delta: types_pb2.TokenDelta) -> Callable[[], None]:
         """Hand a delta to the reader.
 

@@ -94,11 +94,8 @@ class _Request:
     segments: Sequence[session_pb2.Segment]
     new_tokens: int
     limit: KVLimit | None
-
-    @property
-    def tail_tokens(self) -> int:
-        kept = [segment.num_kept_tokens for segment in self.segments]
-        return tail_tokens(kept, new_tokens=self.new_tokens, limit=self.limit)
+    tail_tokens: int
+    tail_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -175,7 +172,17 @@ class KVMemory:
             InvalidRequestError: It would not fit if it were alone.
             OverloadedError: The memory is taken and the queue is full.
         """
-        placement = await self._admit(_Request(segments, new_tokens, limit))
+        kept = [segment.num_kept_tokens for segment in segments]
+        in_tail = tail_tokens(kept, new_tokens=new_tokens, limit=limit)
+        placement = await self._admit(
+            _Request(
+                segments,
+                new_tokens,
+                limit,
+                tail_tokens=in_tail,
+                tail_bytes=tail_size_bytes(self._geometry, in_tail),
+            )
+        )
         try:
             yield placement
         finally:
@@ -239,7 +246,7 @@ class KVMemory:
             first.admitted.set_result(placement)
 
     def _check_size(self, request: _Request) -> None:
-        needed = aligned(tail_size_bytes(self._geometry, request.tail_tokens))
+        needed = aligned(request.tail_bytes)
         needed += sum(aligned(segment.size_bytes) for segment in request.segments)
         if needed > self.pool.size_bytes:
             raise InvalidRequestError(
@@ -255,7 +262,7 @@ class KVMemory:
             return None
         held = [s.segment_id for s in request.segments if s.segment_id in self._residents]
         for name in held:
-            self._use(name)
+            self._residents[name].num_users += 1
         placement = self._allocate(request, held)
         if placement is None:
             for name in held:
@@ -271,8 +278,7 @@ class KVMemory:
 
     def _allocate(self, request: _Request, held: list[str]) -> Placement | None:
         missing = [segment for segment in request.segments if segment.segment_id not in held]
-        sizes = [segment.size_bytes for segment in missing]
-        sizes.append(tail_size_bytes(self._geometry, request.tail_tokens))
+        sizes = [*(segment.size_bytes for segment in missing), request.tail_bytes]
         if sum(map(aligned, sizes)) > self.pool.free_bytes + self.resident_bytes:
             return None
         blocks: list[Block] = []
@@ -289,14 +295,10 @@ class KVMemory:
             tail=blocks[-1],
             tail_tokens=request.tail_tokens,
             limit=request.limit,
-            _held=list(held),
-            _own=list(blocks),
+            _held=held,
+            _own=blocks,
             _on_unused=self._end,
         )
-
-    def _use(self, segment_id: str) -> None:
-        self._residents[segment_id].num_users += 1
-        self._residents.move_to_end(segment_id)
 
     def _give_up_oldest(self) -> bool:
         for name, resident in self._residents.items():

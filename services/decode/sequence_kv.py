@@ -230,14 +230,7 @@ class SequenceKV:
         ]
 
     def _check(self, span: chunkkv.CompressedKV) -> None:
-        if span.first_token != self.num_tokens:
-            raise chunkkv.MismatchError(
-                f"span starts at token {span.first_token}, the one before ends at {self.num_tokens}"
-            )
-        if len(span.layers) != len(self._geometry.layers):
-            raise chunkkv.MismatchError(
-                f"span has {len(span.layers)} layers, the model has {len(self._geometry.layers)}"
-            )
+        span.check_follows(num_tokens=self.num_tokens, num_layers=len(self._geometry.layers))
         for index, (held, own) in enumerate(
             zip(span.shape.layers, self._geometry.layers, strict=True)
         ):

@@ -30,18 +30,16 @@ class Tail:
     Attributes:
         length: Tokens in each full-attention layer.
         num_stored: The first of these that earlier spans have.
-        capacity: Tokens that a full-attention layer has room for.
 
     Args:
         geometry: Of the model.
         memory: ``(size,)`` uint8, at least :func:`tail_size_bytes`.
-        capacity: See above.
+        capacity: Tokens that a full-attention layer has room for.
     """
 
     def __init__(self, geometry: KVGeometry, memory: torch.Tensor, capacity: int) -> None:
         self.length = 0
         self.num_stored = 0
-        self.capacity = capacity
         self._geometry = geometry
         self._memory = memory
         shape = _tail_shape(geometry, capacity)

@@ -42,6 +42,7 @@ from services.decode.sequence_kv import SequenceKV
 from services.decode.tail import tail_size_bytes
 from services.local.model import ensure_demo_model
 from services.models.loader import LoadedModel, load_model
+from services.prefill.servicer import kv_bytes_per_token
 
 TAIL_TOKENS = 96
 KEEP_RATIO = 0.1
@@ -145,7 +146,7 @@ def measure_step(
     times = 3 if batch * kv_tokens > 100_000 else 9
     geometry = kv_geometry(loaded.model)
     ours, nothing = _our_step_s(loaded.model, geometry, batch, kv_tokens, times=times)
-    kv_bytes = batch * kv_tokens * _token_bytes(geometry)
+    kv_bytes = batch * kv_tokens * kv_bytes_per_token(plain)
     gc.collect()
     theirs = _transformers_step_s(plain, batch, kv_tokens, times=min(times, 5))
     gc.collect()
@@ -309,12 +310,6 @@ def _judge(report: Report) -> None:
 def _weights_bytes(model: Any) -> int:
     """Return the bytes of float32 weights that a step reads; a tied embedding counts once."""
     return sum(4 * parameter.numel() for parameter in model.parameters())
-
-
-def _token_bytes(geometry: KVGeometry) -> int:
-    return sum(
-        4 * layer.num_kv_heads * (layer.key_dim + layer.value_dim) for layer in geometry.layers
-    )
 
 
 def _median_s(run: Callable[[], object], times: int = 9) -> float:
