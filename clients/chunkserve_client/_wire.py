@@ -232,7 +232,7 @@ def _token_logprob(logprob: types_pb2.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(logprob.token_id, logprob.logprob, top)
 
 
-def _message(message: Message | Mapping[str, str]) -> types_pb2.ChatMessage:
+def _message(message: Message | Mapping[str, Any]) -> types_pb2.ChatMessage:
     if isinstance(message, Message):
         return types_pb2.ChatMessage(role=message.role, content=message.content)
     return types_pb2.ChatMessage(**message)

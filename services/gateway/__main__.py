@@ -7,6 +7,7 @@ import asyncio
 from services.gateway.app import serve
 from services.gateway.config import GatewaySettings
 from services.runtime.config import load
+from services.runtime.metrics import served_metrics
 from services.runtime.telemetry import configure_logging
 
 
@@ -14,7 +15,8 @@ def main() -> None:
     """Run the gateway."""
     settings = load(GatewaySettings)
     configure_logging(settings.log_level)
-    asyncio.run(serve(settings))
+    with served_metrics(settings.metrics_listen):
+        asyncio.run(serve(settings))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from chunkserve.v1 import inference_pb2, inference_pb2_grpc, manifest_pb2, types
 from services.gateway import validation
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
-from services.gateway.lease import turn_lease
 from services.gateway.manifests import new_manifest, read_manifest
 from services.gateway.routing import Router
 from services.gateway.turn import Turn, TurnRunner
@@ -24,6 +23,7 @@ from services.runtime.errors import DeadlineError, MismatchError
 from services.runtime.interceptors import ServicerContext, bind_request_id
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store
+from services.store.lease import turn_lease
 
 # Metadata of Generate: id of a decode worker that is taken only if there is no other. For tests
 # and demonstrations that a session moves between workers.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import AsyncIterator
 from typing import Final
 
 from chunkserve.v1 import session_pb2, session_pb2_grpc
 from services.gateway import validation
 from services.gateway.config import GatewaySettings
-from services.gateway.lease import turn_lease
 from services.gateway.manifests import new_manifest, read_manifest, session_of
 from services.gateway.routing import Router
 from services.runtime.errors import NotFoundError
 from services.runtime.interceptors import ServicerContext
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store, StoredManifest
+from services.store.lease import turn_lease
 
 _DEFAULT_PAGE_SIZE: Final = 50
 _READS_AT_ONCE: Final = 16
@@ -94,6 +95,26 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             await self._store.delete_manifest(self._tenant, request.session_id)
 
         return session_pb2.DeleteSessionResponse()
+
+    async def ForkSession(
+        self, request: session_pb2.ForkSessionRequest, context: ServicerContext
+    ) -> session_pb2.ForkSessionResponse:
+        raise NotImplementedError
+
+    async def CompressSession(
+        self, request: session_pb2.CompressSessionRequest, context: ServicerContext
+    ) -> session_pb2.CompressSessionResponse:
+        raise NotImplementedError
+
+    async def ExportSession(
+        self, request: session_pb2.ExportSessionRequest, context: ServicerContext
+    ) -> None:
+        raise NotImplementedError
+
+    async def ImportSession(
+        self, request: AsyncIterator[session_pb2.ImportSessionRequest], context: ServicerContext
+    ) -> session_pb2.ImportSessionResponse:
+        raise NotImplementedError
 
     async def _session_if_there(
         self, session_id: str, reads_at_once: asyncio.Semaphore

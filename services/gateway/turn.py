@@ -15,7 +15,6 @@ from typing import Final, TypeVar
 
 from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, types_pb2
 from services.gateway.channels import WorkerChannels
-from services.gateway.lease import finish
 from services.gateway.manifests import num_cached_tokens
 from services.gateway.routing import Router
 from services.runtime.errors import OverloadedError, ServiceError, UnavailableError
@@ -23,6 +22,7 @@ from services.runtime.interceptors import current_request_id
 from services.runtime.status import WORKER_UNAVAILABLE
 from services.runtime.telemetry import add_request_fields
 from services.store.base import SegmentStore, WorkerInfo
+from services.store.lease import finish
 
 # Reason with which the store says that it takes no more.
 _STORE_FULL: Final = "STORE_FULL"

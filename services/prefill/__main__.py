@@ -16,6 +16,7 @@ from services.prefill.runner import PrefillRunner
 from services.prefill.servicer import PrefillServicer
 from services.runtime.address import own_address
 from services.runtime.config import load
+from services.runtime.metrics import served_metrics
 from services.runtime.server import GrpcServer, serve_until_stopped
 from services.runtime.tasks import end_task
 from services.runtime.telemetry import configure_logging, get_logger
@@ -93,7 +94,8 @@ def main() -> None:
     """Run the prefill worker."""
     settings = load(PrefillSettings)
     configure_logging(settings.log_level)
-    asyncio.run(serve(settings))
+    with served_metrics(settings.metrics_listen):
+        asyncio.run(serve(settings))
 
 
 if __name__ == "__main__":

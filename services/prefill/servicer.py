@@ -61,6 +61,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         ids = await asyncio.to_thread(tokenize, self._loaded, request)
         return prefill_pb2.TokenizeResponse(token_ids=ids)
 
+    async def Rebuild(
+        self,
+        request: prefill_pb2.RebuildRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> prefill_pb2.RebuildResponse:
+        raise NotImplementedError
+
     async def Prefill(
         self,
         request: prefill_pb2.PrefillRequest,

@@ -22,6 +22,8 @@ class ServiceSettings(BaseSettings):
         heartbeat_s: Seconds between two announcements of a worker.
         heartbeat_ttl_s: Seconds after its last announcement until a worker counts as dead.
         stop_grace_s: Seconds that running requests get to finish once a stop is asked for.
+        metrics_listen: ``host:port`` where ``GET /metrics`` is answered in Prometheus' format.
+            Empty: nowhere.
     """
 
     model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, frozen=True, extra="ignore")
@@ -31,6 +33,7 @@ class ServiceSettings(BaseSettings):
     heartbeat_s: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     heartbeat_ttl_s: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     stop_grace_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
+    metrics_listen: str = Field(default="", pattern=r"^(.+:\d{1,5})?$")
 
     @model_validator(mode="after")
     def _check_heartbeat(self) -> Self:

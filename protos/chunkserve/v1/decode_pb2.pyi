@@ -8,16 +8,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("manifest", "sampling", "num_resumed_tokens", "compression")
+    __slots__ = ("manifest", "sampling", "num_resumed_tokens", "compression", "request_id", "request_digest")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     manifest: _manifest_pb2.Manifest
     sampling: _types_pb2.SamplingParams
     num_resumed_tokens: int
     compression: _types_pb2.CompressionPolicy
-    def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., num_resumed_tokens: _Optional[int] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ...) -> None: ...
+    request_id: str
+    request_digest: bytes
+    def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., num_resumed_tokens: _Optional[int] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., request_id: _Optional[str] = ..., request_digest: _Optional[bytes] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
     __slots__ = ("started", "delta", "finish")

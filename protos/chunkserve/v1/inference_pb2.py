@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from chunkserve.v1 import types_pb2 as chunkserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hunkserve/v1/inference.proto\x12\rchunkserve.v1\x1a\x19\x63hunkserve/v1/types.proto\"\xa1\x02\n\x0fGenerateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.chunkserve.v1.SamplingParams\x12\x35\n\x0b\x63ompression\x18\x06 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\tB\x07\n\x05input\"\xa2\x01\n\x10GenerateResponse\x12\x30\n\x0bprompt_info\x18\x01 \x01(\x0b\x32\x19.chunkserve.v1.PromptInfoH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.chunkserve.v1.TokenDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.chunkserve.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xe5\x02\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11num_reused_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14num_prefilled_tokens\x18\x04 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x05 \x01(\x05\x12\x15\n\rfull_kv_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x07 \x01(\x03\x12\x15\n\rfetched_bytes\x18\x08 \x01(\x03\x12\x13\n\x0btokenize_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x16\n\x0e\x63ompression_ms\x18\x0b \x01(\x01\x12\x10\n\x08store_ms\x18\x0c \x01(\x01\x12\x10\n\x08\x66\x65tch_ms\x18\r \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x0e \x01(\t\x12\x15\n\rdecode_worker\x18\x0f \x01(\t\"\x94\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"8\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.chunkserve.v1.Model\"\xb9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x1b\n\x13num_prefill_workers\x18\x04 \x01(\x05\x12\x1a\n\x12num_decode_workers\x18\x05 \x01(\x05\x12=\n\x13\x64\x65\x66\x61ult_compression\x18\x06 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy2\x8a\x02\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.chunkserve.v1.GenerateRequest\x1a\x1f.chunkserve.v1.GenerateResponse0\x01\x12T\n\x0b\x43ountTokens\x12!.chunkserve.v1.CountTokensRequest\x1a\".chunkserve.v1.CountTokensResponse\x12Q\n\nListModels\x12 .chunkserve.v1.ListModelsRequest\x1a!.chunkserve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63hunkserve/v1/inference.proto\x12\rchunkserve.v1\x1a\x19\x63hunkserve/v1/types.proto\"\xb7\x02\n\x0fGenerateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.chunkserve.v1.SamplingParams\x12\x35\n\x0b\x63ompression\x18\x06 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12\x14\n\x0cwait_if_busy\x18\t \x01(\x08\x42\x07\n\x05input\"\xa2\x01\n\x10GenerateResponse\x12\x30\n\x0bprompt_info\x18\x01 \x01(\x0b\x32\x19.chunkserve.v1.PromptInfoH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.chunkserve.v1.TokenDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.chunkserve.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\xbf\x03\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12\x19\n\x11num_reused_tokens\x18\x03 \x01(\x05\x12\x1c\n\x14num_prefilled_tokens\x18\x04 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x05 \x01(\x05\x12\x15\n\rfull_kv_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cstored_bytes\x18\x07 \x01(\x03\x12\x15\n\rfetched_bytes\x18\x08 \x01(\x03\x12\x13\n\x0btokenize_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x16\n\x0e\x63ompression_ms\x18\x0b \x01(\x01\x12\x10\n\x08store_ms\x18\x0c \x01(\x01\x12\x10\n\x08\x66\x65tch_ms\x18\r \x01(\x01\x12\x16\n\x0eprefill_worker\x18\x0e \x01(\t\x12\x15\n\rdecode_worker\x18\x0f \x01(\t\x12\x0f\n\x07rebuilt\x18\x10 \x01(\x08\x12\x1a\n\x12num_rebuilt_tokens\x18\x11 \x01(\x05\x12\x19\n\x11num_shared_tokens\x18\x12 \x01(\x05\x12\x10\n\x08replayed\x18\x13 \x01(\x08\"\x94\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"8\n\x13\x43ountTokensResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\r\n\x05model\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.chunkserve.v1.Model\"\xb9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\x12\x1b\n\x13num_prefill_workers\x18\x04 \x01(\x05\x12\x1a\n\x12num_decode_workers\x18\x05 \x01(\x05\x12=\n\x13\x64\x65\x66\x61ult_compression\x18\x06 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy2\x8a\x02\n\x10InferenceService\x12M\n\x08Generate\x12\x1e.chunkserve.v1.GenerateRequest\x1a\x1f.chunkserve.v1.GenerateResponse0\x01\x12T\n\x0b\x43ountTokens\x12!.chunkserve.v1.CountTokensRequest\x1a\".chunkserve.v1.CountTokensResponse\x12Q\n\nListModels\x12 .chunkserve.v1.ListModelsRequest\x1a!.chunkserve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chunkserve.v1.inference_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=76
-  _globals['_GENERATEREQUEST']._serialized_end=365
-  _globals['_GENERATERESPONSE']._serialized_start=368
-  _globals['_GENERATERESPONSE']._serialized_end=530
-  _globals['_PROMPTINFO']._serialized_start=533
-  _globals['_PROMPTINFO']._serialized_end=890
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=893
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1041
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1043
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1099
-  _globals['_LISTMODELSREQUEST']._serialized_start=1101
-  _globals['_LISTMODELSREQUEST']._serialized_end=1120
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1122
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1180
-  _globals['_MODEL']._serialized_start=1183
-  _globals['_MODEL']._serialized_end=1368
-  _globals['_INFERENCESERVICE']._serialized_start=1371
-  _globals['_INFERENCESERVICE']._serialized_end=1637
+  _globals['_GENERATEREQUEST']._serialized_end=387
+  _globals['_GENERATERESPONSE']._serialized_start=390
+  _globals['_GENERATERESPONSE']._serialized_end=552
+  _globals['_PROMPTINFO']._serialized_start=555
+  _globals['_PROMPTINFO']._serialized_end=1002
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1005
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1153
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1155
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1211
+  _globals['_LISTMODELSREQUEST']._serialized_start=1213
+  _globals['_LISTMODELSREQUEST']._serialized_end=1232
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1234
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1292
+  _globals['_MODEL']._serialized_start=1295
+  _globals['_MODEL']._serialized_end=1480
+  _globals['_INFERENCESERVICE']._serialized_start=1483
+  _globals['_INFERENCESERVICE']._serialized_end=1749
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("session_id", "chat", "text", "token_ids", "sampling", "compression", "request_id", "model")
+    __slots__ = ("session_id", "chat", "text", "token_ids", "sampling", "compression", "request_id", "model", "wait_if_busy")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class GenerateRequest(_message.Message):
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    WAIT_IF_BUSY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     chat: _types_pb2.ChatInput
     text: str
@@ -25,7 +26,8 @@ class GenerateRequest(_message.Message):
     compression: _types_pb2.CompressionPolicy
     request_id: str
     model: str
-    def __init__(self, session_id: _Optional[str] = ..., chat: _Optional[_Union[_types_pb2.ChatInput, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    wait_if_busy: bool
+    def __init__(self, session_id: _Optional[str] = ..., chat: _Optional[_Union[_types_pb2.ChatInput, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., request_id: _Optional[str] = ..., model: _Optional[str] = ..., wait_if_busy: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("prompt_info", "delta", "finish")
@@ -38,7 +40,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, prompt_info: _Optional[_Union[PromptInfo, _Mapping]] = ..., delta: _Optional[_Union[_types_pb2.TokenDelta, _Mapping]] = ..., finish: _Optional[_Union[_types_pb2.Finish, _Mapping]] = ...) -> None: ...
 
 class PromptInfo(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "num_reused_tokens", "num_prefilled_tokens", "num_kept_tokens", "full_kv_bytes", "stored_bytes", "fetched_bytes", "tokenize_ms", "prefill_ms", "compression_ms", "store_ms", "fetch_ms", "prefill_worker", "decode_worker")
+    __slots__ = ("request_id", "num_prompt_tokens", "num_reused_tokens", "num_prefilled_tokens", "num_kept_tokens", "full_kv_bytes", "stored_bytes", "fetched_bytes", "tokenize_ms", "prefill_ms", "compression_ms", "store_ms", "fetch_ms", "prefill_worker", "decode_worker", "rebuilt", "num_rebuilt_tokens", "num_shared_tokens", "replayed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +56,10 @@ class PromptInfo(_message.Message):
     FETCH_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    REBUILT_FIELD_NUMBER: _ClassVar[int]
+    NUM_REBUILT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHARED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     num_reused_tokens: int
@@ -69,7 +75,11 @@ class PromptInfo(_message.Message):
     fetch_ms: float
     prefill_worker: str
     decode_worker: str
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ..., num_prefilled_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[int] = ..., full_kv_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., tokenize_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., compression_ms: _Optional[float] = ..., store_ms: _Optional[float] = ..., fetch_ms: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+    rebuilt: bool
+    num_rebuilt_tokens: int
+    num_shared_tokens: int
+    replayed: bool
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ..., num_prefilled_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[int] = ..., full_kv_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., tokenize_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., compression_ms: _Optional[float] = ..., store_ms: _Optional[float] = ..., fetch_ms: _Optional[float] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., rebuilt: _Optional[bool] = ..., num_rebuilt_tokens: _Optional[int] = ..., num_shared_tokens: _Optional[int] = ..., replayed: _Optional[bool] = ...) -> None: ...
 
 class CountTokensRequest(_message.Message):
     __slots__ = ("model", "chat", "text", "token_ids")

@@ -66,8 +66,12 @@ class InferenceServiceServicer:
 
         Errors: INVALID_ARGUMENT (a field is out of range, the prompt is empty or too long),
         NOT_FOUND (session or model), FAILED_PRECONDITION (the session is another model's), ABORTED
-        (the session is busy with another turn), DATA_LOSS (stored KV is damaged), RESOURCE_EXHAUSTED
-        (all workers are full), UNAVAILABLE (store or workers are away; retry), DEADLINE_EXCEEDED.
+        (the session is busy with another turn), ALREADY_EXISTS (`request_id` named another request of
+        this session), RESOURCE_EXHAUSTED (all workers are full, or a quota is used up), UNAVAILABLE
+        (store or workers are away; retry), DEADLINE_EXCEEDED.
+
+        Stored KV that is missing or damaged is computed again, and PromptInfo says so. A decode worker
+        that dies is replaced by another, and the stream goes on where it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -28,7 +28,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63hunkserve/v1/manifest.proto\x12\rchunkserve.v1\x1a\x1b\x63hunkserve/v1/session.proto\x1a\x19\x63hunkserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x03\n\x08Manifest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x11\n\ttoken_ids\x18\x06 \x03(\x05\x12(\n\x08segments\x18\x07 \x03(\x0b\x32\x16.chunkserve.v1.Segment\x12\x35\n\x0b\x63ompression\x18\x08 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tnum_turns\x18\x0c \x01(\x05\x12\x1a\n\x12last_decode_worker\x18\r \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63hunkserve/v1/manifest.proto\x12\rchunkserve.v1\x1a\x1b\x63hunkserve/v1/session.proto\x1a\x19\x63hunkserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x03\n\x08Manifest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x11\n\ttoken_ids\x18\x06 \x03(\x05\x12(\n\x08segments\x18\x07 \x03(\x0b\x32\x16.chunkserve.v1.Segment\x12\x35\n\x0b\x63ompression\x18\x08 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tnum_turns\x18\x0c \x01(\x05\x12\x1a\n\x12last_decode_worker\x18\r \x01(\t\"\x91\x01\n\nTurnResult\x12\x16\n\x0erequest_digest\x18\x01 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\x05\x12)\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x19.chunkserve.v1.TokenDelta\x12%\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x15.chunkserve.v1.Finishb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,4 +37,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MANIFEST']._serialized_start=169
   _globals['_MANIFEST']._serialized_end=575
+  _globals['_TURNRESULT']._serialized_start=578
+  _globals['_TURNRESULT']._serialized_end=723
 # @@protoc_insertion_point(module_scope)

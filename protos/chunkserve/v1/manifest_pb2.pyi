@@ -41,3 +41,15 @@ class Manifest(_message.Message):
     num_turns: int
     last_decode_worker: str
     def __init__(self, tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., version: _Optional[int] = ..., model: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[_Union[_session_pb2.Segment, _Mapping]]] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., num_turns: _Optional[int] = ..., last_decode_worker: _Optional[str] = ...) -> None: ...
+
+class TurnResult(_message.Message):
+    __slots__ = ("request_digest", "num_prompt_tokens", "answer", "finish")
+    REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    request_digest: bytes
+    num_prompt_tokens: int
+    answer: _types_pb2.TokenDelta
+    finish: _types_pb2.Finish
+    def __init__(self, request_digest: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., answer: _Optional[_Union[_types_pb2.TokenDelta, _Mapping]] = ..., finish: _Optional[_Union[_types_pb2.Finish, _Mapping]] = ...) -> None: ...

@@ -40,6 +40,11 @@ class PrefillServiceStub:
                 request_serializer=chunkserve_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=chunkserve_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.Rebuild = channel.unary_unary(
+                '/chunkserve.v1.PrefillService/Rebuild',
+                request_serializer=chunkserve_dot_v1_dot_prefill__pb2.RebuildRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_prefill__pb2.RebuildResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/chunkserve.v1.PrefillService/Tokenize',
                 request_serializer=chunkserve_dot_v1_dot_prefill__pb2.TokenizeRequest.SerializeToString,
@@ -60,6 +65,14 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebuild(self, request, context):
+        """Checks every segment of a session, and computes again those that are missing or damaged: span
+        by span, each under its own policy, on top of what precedes it. Stores them under their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Renders and tokenizes without computing anything.
         """
@@ -74,6 +87,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=chunkserve_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=chunkserve_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'Rebuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebuild,
+                    request_deserializer=chunkserve_dot_v1_dot_prefill__pb2.RebuildRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_prefill__pb2.RebuildResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -109,6 +127,33 @@ class PrefillService:
             '/chunkserve.v1.PrefillService/Prefill',
             chunkserve_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             chunkserve_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chunkserve.v1.PrefillService/Rebuild',
+            chunkserve_dot_v1_dot_prefill__pb2.RebuildRequest.SerializeToString,
+            chunkserve_dot_v1_dot_prefill__pb2.RebuildResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class PrefillServiceStub:
     model over the new tokens but the last, on top of the session's stored KV, and stores what
     the policy keeps. Nothing is committed: the segments are named only by the answer.
     """
+    Rebuild: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.RebuildRequest, _prefill_pb2.RebuildResponse]
+    """Checks every segment of a session, and computes again those that are missing or damaged: span
+    by span, each under its own policy, on top of what precedes it. Stores them under their names.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_prefill_pb2.TokenizeRequest, _prefill_pb2.TokenizeResponse]
     """Renders and tokenizes without computing anything."""
 
@@ -50,6 +54,10 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     """Renders and tokenizes the input and, if it is long enough to be worth a segment, runs the
     model over the new tokens but the last, on top of the session's stored KV, and stores what
     the policy keeps. Nothing is committed: the segments are named only by the answer.
+    """
+    Rebuild: _aio.UnaryUnaryMultiCallable[_prefill_pb2.RebuildRequest, _prefill_pb2.RebuildResponse]  # type: ignore[assignment]
+    """Checks every segment of a session, and computes again those that are missing or damaged: span
+    by span, each under its own policy, on top of what precedes it. Stores them under their names.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_prefill_pb2.TokenizeRequest, _prefill_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Renders and tokenizes without computing anything."""
@@ -66,6 +74,16 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         """Renders and tokenizes the input and, if it is long enough to be worth a segment, runs the
         model over the new tokens but the last, on top of the session's stored KV, and stores what
         the policy keeps. Nothing is committed: the segments are named only by the answer.
+        """
+
+    @_abc_1.abstractmethod
+    def Rebuild(
+        self,
+        request: _prefill_pb2.RebuildRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_prefill_pb2.RebuildResponse, _abc.Awaitable[_prefill_pb2.RebuildResponse]]:
+        """Checks every segment of a session, and computes again those that are missing or damaged: span
+        by span, each under its own policy, on top of what precedes it. Stores them under their names.
         """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkserve/v1/session.proto\x12\rchunkserve.v1\x1a\x19\x63hunkserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\tnum_turns\x18\x04 \x01(\x05\x12\x12\n\nnum_tokens\x18\x05 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x06 \x01(\x05\x12\x14\n\x0cstored_bytes\x18\x07 \x01(\x03\x12\x35\n\x0b\x63ompression\x18\x08 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03ttl\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x08segments\x18\r \x03(\x0b\x32\x16.chunkserve.v1.Segment\"s\n\x07Segment\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x05\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"\x98\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x35\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"@\n\x15\x43reateSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"=\n\x12GetSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.chunkserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse2\xf4\x02\n\x0eSessionService\x12Z\n\rCreateSession\x12#.chunkserve.v1.CreateSessionRequest\x1a$.chunkserve.v1.CreateSessionResponse\x12Q\n\nGetSession\x12 .chunkserve.v1.GetSessionRequest\x1a!.chunkserve.v1.GetSessionResponse\x12W\n\x0cListSessions\x12\".chunkserve.v1.ListSessionsRequest\x1a#.chunkserve.v1.ListSessionsResponse\x12Z\n\rDeleteSession\x12#.chunkserve.v1.DeleteSessionRequest\x1a$.chunkserve.v1.DeleteSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkserve/v1/session.proto\x12\rchunkserve.v1\x1a\x19\x63hunkserve/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x11\n\tnum_turns\x18\x04 \x01(\x05\x12\x12\n\nnum_tokens\x18\x05 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x06 \x01(\x05\x12\x14\n\x0cstored_bytes\x18\x07 \x01(\x03\x12\x35\n\x0b\x63ompression\x18\x08 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x03ttl\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x08segments\x18\r \x03(\x0b\x32\x16.chunkserve.v1.Segment\"\x84\x02\n\x07Segment\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_token\x18\x02 \x01(\x05\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x05\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x03\x12\x35\n\x0b\x63ompression\x18\x07 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x33\n\rrecompression\x18\x08 \x01(\x0b\x32\x1c.chunkserve.v1.Recompression\x12\x11\n\tis_prefix\x18\t \x01(\x08\"\xe7\x01\n\rRecompression\x12\x17\n\x0fmax_kept_tokens\x18\x01 \x01(\x05\x12+\n\tprecision\x18\x02 \x01(\x0e\x32\x18.chunkserve.v1.Precision\x12\x1c\n\x14original_kept_tokens\x18\x03 \x01(\x05\x12\x16\n\x0eoriginal_bytes\x18\x04 \x01(\x03\x12\x1b\n\x13original_segment_id\x18\x05 \x01(\t\x12\x13\n\x0b\x62y_pressure\x18\x06 \x01(\x08\x12(\n\x04time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x98\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x35\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"@\n\x15\x43reateSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"=\n\x12GetSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.chunkserve.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"h\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x13\x46orkSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\"c\n\x16\x43ompressSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x35\n\x0b\x63ompression\x18\x02 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\"x\n\x17\x43ompressSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\x12\x16\n\x0eoriginal_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14original_kept_tokens\x18\x03 \x01(\x05\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x87\x01\n\x0cSessionPiece\x12\x12\n\x08manifest\x18\x01 \x01(\x0cH\x00\x12\x18\n\x0esegment_header\x18\x02 \x01(\x0cH\x00\x12\x16\n\x0csegment_part\x18\x03 \x01(\x0cH\x00\x12(\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x19.chunkserve.v1.SessionEndH\x00\x42\x07\n\x05piece\"0\n\nSessionEnd\x12\x12\n\nnum_pieces\x18\x01 \x01(\x05\x12\x0e\n\x06sha256\x18\x02 \x01(\x0c\"C\n\x15\x45xportSessionResponse\x12*\n\x05piece\x18\x01 \x01(\x0b\x32\x1b.chunkserve.v1.SessionPiece\"Z\n\x14ImportSessionRequest\x12*\n\x05piece\x18\x01 \x01(\x0b\x32\x1b.chunkserve.v1.SessionPiece\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\"@\n\x15ImportSessionResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session2\xe8\x05\n\x0eSessionService\x12Z\n\rCreateSession\x12#.chunkserve.v1.CreateSessionRequest\x1a$.chunkserve.v1.CreateSessionResponse\x12Q\n\nGetSession\x12 .chunkserve.v1.GetSessionRequest\x1a!.chunkserve.v1.GetSessionResponse\x12W\n\x0cListSessions\x12\".chunkserve.v1.ListSessionsRequest\x1a#.chunkserve.v1.ListSessionsResponse\x12Z\n\rDeleteSession\x12#.chunkserve.v1.DeleteSessionRequest\x1a$.chunkserve.v1.DeleteSessionResponse\x12T\n\x0b\x46orkSession\x12!.chunkserve.v1.ForkSessionRequest\x1a\".chunkserve.v1.ForkSessionResponse\x12`\n\x0f\x43ompressSession\x12%.chunkserve.v1.CompressSessionRequest\x1a&.chunkserve.v1.CompressSessionResponse\x12\\\n\rExportSession\x12#.chunkserve.v1.ExportSessionRequest\x1a$.chunkserve.v1.ExportSessionResponse0\x01\x12\\\n\rImportSession\x12#.chunkserve.v1.ImportSessionRequest\x1a$.chunkserve.v1.ImportSessionResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,24 +36,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSION']._serialized_start=139
   _globals['_SESSION']._serialized_end=570
-  _globals['_SEGMENT']._serialized_start=572
-  _globals['_SEGMENT']._serialized_end=687
-  _globals['_CREATESESSIONREQUEST']._serialized_start=690
-  _globals['_CREATESESSIONREQUEST']._serialized_end=842
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=844
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=908
-  _globals['_GETSESSIONREQUEST']._serialized_start=910
-  _globals['_GETSESSIONREQUEST']._serialized_end=949
-  _globals['_GETSESSIONRESPONSE']._serialized_start=951
-  _globals['_GETSESSIONRESPONSE']._serialized_end=1012
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1014
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1074
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1076
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1165
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1167
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1209
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1211
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1234
-  _globals['_SESSIONSERVICE']._serialized_start=1237
-  _globals['_SESSIONSERVICE']._serialized_end=1609
+  _globals['_SEGMENT']._serialized_start=573
+  _globals['_SEGMENT']._serialized_end=833
+  _globals['_RECOMPRESSION']._serialized_start=836
+  _globals['_RECOMPRESSION']._serialized_end=1067
+  _globals['_CREATESESSIONREQUEST']._serialized_start=1070
+  _globals['_CREATESESSIONREQUEST']._serialized_end=1222
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=1224
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=1288
+  _globals['_GETSESSIONREQUEST']._serialized_start=1290
+  _globals['_GETSESSIONREQUEST']._serialized_end=1329
+  _globals['_GETSESSIONRESPONSE']._serialized_start=1331
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1392
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1394
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1454
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1456
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1545
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1547
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1589
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1591
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1614
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1616
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1720
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1722
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=1784
+  _globals['_COMPRESSSESSIONREQUEST']._serialized_start=1786
+  _globals['_COMPRESSSESSIONREQUEST']._serialized_end=1885
+  _globals['_COMPRESSSESSIONRESPONSE']._serialized_start=1887
+  _globals['_COMPRESSSESSIONRESPONSE']._serialized_end=2007
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=2009
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=2051
+  _globals['_SESSIONPIECE']._serialized_start=2054
+  _globals['_SESSIONPIECE']._serialized_end=2189
+  _globals['_SESSIONEND']._serialized_start=2191
+  _globals['_SESSIONEND']._serialized_end=2239
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=2241
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=2308
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=2310
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=2400
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=2402
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=2466
+  _globals['_SESSIONSERVICE']._serialized_start=2469
+  _globals['_SESSIONSERVICE']._serialized_end=3213
 # @@protoc_insertion_point(module_scope)

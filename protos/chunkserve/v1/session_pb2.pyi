@@ -42,18 +42,44 @@ class Session(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[int] = ..., num_turns: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
-    __slots__ = ("segment_id", "first_token", "num_tokens", "num_kept_tokens", "size_bytes")
+    __slots__ = ("segment_id", "first_token", "num_tokens", "num_kept_tokens", "size_bytes", "kv_bytes", "compression", "recompression", "is_prefix")
     SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    RECOMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    IS_PREFIX_FIELD_NUMBER: _ClassVar[int]
     segment_id: str
     first_token: int
     num_tokens: int
     num_kept_tokens: int
     size_bytes: int
-    def __init__(self, segment_id: _Optional[str] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+    kv_bytes: int
+    compression: _types_pb2.CompressionPolicy
+    recompression: Recompression
+    is_prefix: bool
+    def __init__(self, segment_id: _Optional[str] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_kept_tokens: _Optional[int] = ..., size_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., recompression: _Optional[_Union[Recompression, _Mapping]] = ..., is_prefix: _Optional[bool] = ...) -> None: ...
+
+class Recompression(_message.Message):
+    __slots__ = ("max_kept_tokens", "precision", "original_kept_tokens", "original_bytes", "original_segment_id", "by_pressure", "time")
+    MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_SEGMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    BY_PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    max_kept_tokens: int
+    precision: _types_pb2.Precision
+    original_kept_tokens: int
+    original_bytes: int
+    original_segment_id: str
+    by_pressure: bool
+    time: _timestamp_pb2.Timestamp
+    def __init__(self, max_kept_tokens: _Optional[int] = ..., precision: _Optional[_Union[_types_pb2.Precision, str]] = ..., original_kept_tokens: _Optional[int] = ..., original_bytes: _Optional[int] = ..., original_segment_id: _Optional[str] = ..., by_pressure: _Optional[bool] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
     __slots__ = ("session_id", "model", "compression", "ttl")
@@ -110,3 +136,83 @@ class DeleteSessionRequest(_message.Message):
 class DeleteSessionResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ForkSessionRequest(_message.Message):
+    __slots__ = ("session_id", "new_session_id", "ttl")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    TTL_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    new_session_id: str
+    ttl: _duration_pb2.Duration
+    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class ForkSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class CompressSessionRequest(_message.Message):
+    __slots__ = ("session_id", "compression")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    compression: _types_pb2.CompressionPolicy
+    def __init__(self, session_id: _Optional[str] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ...) -> None: ...
+
+class CompressSessionResponse(_message.Message):
+    __slots__ = ("session", "original_bytes", "original_kept_tokens")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    original_bytes: int
+    original_kept_tokens: int
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., original_bytes: _Optional[int] = ..., original_kept_tokens: _Optional[int] = ...) -> None: ...
+
+class ExportSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class SessionPiece(_message.Message):
+    __slots__ = ("manifest", "segment_header", "segment_part", "end")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_HEADER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_PART_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    segment_header: bytes
+    segment_part: bytes
+    end: SessionEnd
+    def __init__(self, manifest: _Optional[bytes] = ..., segment_header: _Optional[bytes] = ..., segment_part: _Optional[bytes] = ..., end: _Optional[_Union[SessionEnd, _Mapping]] = ...) -> None: ...
+
+class SessionEnd(_message.Message):
+    __slots__ = ("num_pieces", "sha256")
+    NUM_PIECES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    num_pieces: int
+    sha256: bytes
+    def __init__(self, num_pieces: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class ExportSessionResponse(_message.Message):
+    __slots__ = ("piece",)
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    piece: SessionPiece
+    def __init__(self, piece: _Optional[_Union[SessionPiece, _Mapping]] = ...) -> None: ...
+
+class ImportSessionRequest(_message.Message):
+    __slots__ = ("piece", "new_session_id")
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    NEW_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    piece: SessionPiece
+    new_session_id: str
+    def __init__(self, piece: _Optional[_Union[SessionPiece, _Mapping]] = ..., new_session_id: _Optional[str] = ...) -> None: ...
+
+class ImportSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...

@@ -57,6 +57,26 @@ class SessionServiceStub:
                 request_serializer=chunkserve_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=chunkserve_dot_v1_dot_session__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/chunkserve.v1.SessionService/ForkSession',
+                request_serializer=chunkserve_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_session__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
+        self.CompressSession = channel.unary_unary(
+                '/chunkserve.v1.SessionService/CompressSession',
+                request_serializer=chunkserve_dot_v1_dot_session__pb2.CompressSessionRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_session__pb2.CompressSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/chunkserve.v1.SessionService/ExportSession',
+                request_serializer=chunkserve_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/chunkserve.v1.SessionService/ImportSession',
+                request_serializer=chunkserve_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_session__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
@@ -93,9 +113,52 @@ class SessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Deletes a session. Its KV segments, which other sessions may share, expire by themselves.
+        """Deletes a session, and at once those of its KV segments that no other session names.
 
         Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Makes a session that continues another one from its present state. Copies no KV; afterwards
+        the two are independent.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompressSession(self, request, context):
+        """Compresses a stored session further, without the model: to fewer tokens, another precision, or
+        both. What was dropped is gone.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), FAILED_PRECONDITION (the
+        segments hold no scores), DATA_LOSS, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """Streams a session out: first the manifest, then each segment's header and parts, last an end
+        mark. For a backup, or for `ImportSession` on another cluster.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND (session, or a segment that has expired), DATA_LOSS,
+        ABORTED (it was changed meanwhile), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Stores a session that `ExportSession` streamed. Every byte is verified before the session
+        exists; a stream that ends early or contradicts itself leaves nothing behind.
+
+        Errors: INVALID_ARGUMENT (not an export, or in wrong order), DATA_LOSS (damaged),
+        ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota, or the store is full), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +186,26 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=chunkserve_dot_v1_dot_session__pb2.DeleteSessionRequest.FromString,
                     response_serializer=chunkserve_dot_v1_dot_session__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=chunkserve_dot_v1_dot_session__pb2.ForkSessionRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_session__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'CompressSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompressSession,
+                    request_deserializer=chunkserve_dot_v1_dot_session__pb2.CompressSessionRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_session__pb2.CompressSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=chunkserve_dot_v1_dot_session__pb2.ExportSessionRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_session__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=chunkserve_dot_v1_dot_session__pb2.ImportSessionRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_session__pb2.ImportSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -236,6 +319,114 @@ class SessionService:
             '/chunkserve.v1.SessionService/DeleteSession',
             chunkserve_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
             chunkserve_dot_v1_dot_session__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chunkserve.v1.SessionService/ForkSession',
+            chunkserve_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+            chunkserve_dot_v1_dot_session__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompressSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chunkserve.v1.SessionService/CompressSession',
+            chunkserve_dot_v1_dot_session__pb2.CompressSessionRequest.SerializeToString,
+            chunkserve_dot_v1_dot_session__pb2.CompressSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chunkserve.v1.SessionService/ExportSession',
+            chunkserve_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+            chunkserve_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/chunkserve.v1.SessionService/ImportSession',
+            chunkserve_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+            chunkserve_dot_v1_dot_session__pb2.ImportSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,9 +52,36 @@ class SessionServiceStub:
     Errors: INVALID_ARGUMENT (page_size or page_token), UNAVAILABLE.
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _session_pb2.DeleteSessionResponse]
-    """Deletes a session. Its KV segments, which other sessions may share, expire by themselves.
+    """Deletes a session, and at once those of its KV segments that no other session names.
 
     Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), UNAVAILABLE.
+    """
+    ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]
+    """Makes a session that continues another one from its present state. Copies no KV; afterwards
+    the two are independent.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota), UNAVAILABLE.
+    """
+    CompressSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompressSessionRequest, _session_pb2.CompressSessionResponse]
+    """Compresses a stored session further, without the model: to fewer tokens, another precision, or
+    both. What was dropped is gone.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), FAILED_PRECONDITION (the
+    segments hold no scores), DATA_LOSS, UNAVAILABLE.
+    """
+    ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
+    """Streams a session out: first the manifest, then each segment's header and parts, last an end
+    mark. For a backup, or for `ImportSession` on another cluster.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND (session, or a segment that has expired), DATA_LOSS,
+    ABORTED (it was changed meanwhile), UNAVAILABLE.
+    """
+    ImportSession: _grpc.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]
+    """Stores a session that `ExportSession` streamed. Every byte is verified before the session
+    exists; a stream that ends early or contradicts itself leaves nothing behind.
+
+    Errors: INVALID_ARGUMENT (not an export, or in wrong order), DATA_LOSS (damaged),
+    ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota, or the store is full), UNAVAILABLE.
     """
 
 @_typing.type_check_only
@@ -81,9 +108,36 @@ class SessionServiceAsyncStub(SessionServiceStub):
     Errors: INVALID_ARGUMENT (page_size or page_token), UNAVAILABLE.
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _session_pb2.DeleteSessionResponse]  # type: ignore[assignment]
-    """Deletes a session. Its KV segments, which other sessions may share, expire by themselves.
+    """Deletes a session, and at once those of its KV segments that no other session names.
 
     Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), UNAVAILABLE.
+    """
+    ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.ForkSessionResponse]  # type: ignore[assignment]
+    """Makes a session that continues another one from its present state. Copies no KV; afterwards
+    the two are independent.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota), UNAVAILABLE.
+    """
+    CompressSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompressSessionRequest, _session_pb2.CompressSessionResponse]  # type: ignore[assignment]
+    """Compresses a stored session further, without the model: to fewer tokens, another precision, or
+    both. What was dropped is gone.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), FAILED_PRECONDITION (the
+    segments hold no scores), DATA_LOSS, UNAVAILABLE.
+    """
+    ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
+    """Streams a session out: first the manifest, then each segment's header and parts, last an end
+    mark. For a backup, or for `ImportSession` on another cluster.
+
+    Errors: INVALID_ARGUMENT, NOT_FOUND (session, or a segment that has expired), DATA_LOSS,
+    ABORTED (it was changed meanwhile), UNAVAILABLE.
+    """
+    ImportSession: _aio.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.ImportSessionResponse]  # type: ignore[assignment]
+    """Stores a session that `ExportSession` streamed. Every byte is verified before the session
+    exists; a stream that ends early or contradicts itself leaves nothing behind.
+
+    Errors: INVALID_ARGUMENT (not an export, or in wrong order), DATA_LOSS (damaged),
+    ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota, or the store is full), UNAVAILABLE.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -131,9 +185,60 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.DeleteSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.DeleteSessionResponse, _abc.Awaitable[_session_pb2.DeleteSessionResponse]]:
-        """Deletes a session. Its KV segments, which other sessions may share, expire by themselves.
+        """Deletes a session, and at once those of its KV segments that no other session names.
 
         Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkSession(
+        self,
+        request: _session_pb2.ForkSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.ForkSessionResponse, _abc.Awaitable[_session_pb2.ForkSessionResponse]]:
+        """Makes a session that continues another one from its present state. Copies no KV; afterwards
+        the two are independent.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def CompressSession(
+        self,
+        request: _session_pb2.CompressSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.CompressSessionResponse, _abc.Awaitable[_session_pb2.CompressSessionResponse]]:
+        """Compresses a stored session further, without the model: to fewer tokens, another precision, or
+        both. What was dropped is gone.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND, ABORTED (a turn is running), FAILED_PRECONDITION (the
+        segments hold no scores), DATA_LOSS, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportSession(
+        self,
+        request: _session_pb2.ExportSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_pb2.ExportSessionResponse], _abc.AsyncIterator[_session_pb2.ExportSessionResponse]]:
+        """Streams a session out: first the manifest, then each segment's header and parts, last an end
+        mark. For a backup, or for `ImportSession` on another cluster.
+
+        Errors: INVALID_ARGUMENT, NOT_FOUND (session, or a segment that has expired), DATA_LOSS,
+        ABORTED (it was changed meanwhile), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportSession(
+        self,
+        request_iterator: _MaybeAsyncIterator[_session_pb2.ImportSessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.ImportSessionResponse, _abc.Awaitable[_session_pb2.ImportSessionResponse]]:
+        """Stores a session that `ExportSession` streamed. Every byte is verified before the session
+        exists; a stream that ends early or contradicts itself leaves nothing behind.
+
+        Errors: INVALID_ARGUMENT (not an export, or in wrong order), DATA_LOSS (damaged),
+        ALREADY_EXISTS, RESOURCE_EXHAUSTED (quota, or the store is full), UNAVAILABLE.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

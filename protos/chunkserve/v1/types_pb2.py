@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hunkserve/v1/types.proto\x12\rchunkserve.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\tChatInput\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.chunkserve.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x88\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.chunkserve.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xa3\x03\n\x11\x43ompressionPolicy\x12\x14\n\nkeep_ratio\x18\x01 \x01(\x02H\x00\x12\x19\n\x0fmax_kept_tokens\x18\x02 \x01(\x05H\x00\x12%\n\x06scorer\x18\x03 \x01(\x0e\x32\x15.chunkserve.v1.Scorer\x12!\n\x04unit\x18\x04 \x01(\x0e\x32\x13.chunkserve.v1.Unit\x12#\n\x05scope\x18\x05 \x01(\x0e\x32\x14.chunkserve.v1.Scope\x12\x17\n\nchunk_size\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0bwindow_size\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0bsink_tokens\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0ereuse_interval\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x1a\n\rmax_kv_tokens\x18\x0c \x01(\x05H\x05\x88\x01\x01\x42\x08\n\x06\x62udgetB\r\n\x0b_chunk_sizeB\x0e\n\x0c_window_sizeB\x0e\n\x0c_sink_tokensB\x11\n\x0f_reuse_intervalB\x10\n\x0e_max_kv_tokensJ\x04\x08\x06\x10\x07J\x04\x08\x07\x10\x08\"w\n\nTokenDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11\x66irst_token_index\x18\x03 \x01(\x05\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chunkserve.v1.TokenLogprob\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12/\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x19.chunkserve.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xe8\x01\n\x06\x46inish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.chunkserve.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\x05\x12\x18\n\x10num_total_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x17\n\x0fsession_version\x18\x06 \x01(\x03\x12\x16\n\x0e\x66irst_token_ms\x18\x07 \x01(\x01\x12\x11\n\tdecode_ms\x18\x08 \x01(\x01\x12\x11\n\tcommit_ms\x18\t \x01(\x01*3\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x11\n\rSCORER_WINDOW\x10\x01*<\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0e\n\nUNIT_CHUNK\x10\x01\x12\x0e\n\nUNIT_TOKEN\x10\x02*b\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_HEAD\x10\x01\x12\x0f\n\x0bSCOPE_LAYER\x10\x02\x12\x0f\n\x0bSCOPE_GROUP\x10\x03\x12\x10\n\x0cSCOPE_GLOBAL\x10\x04*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x63hunkserve/v1/types.proto\x12\rchunkserve.v1\"F\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x18\n\x10\x63\x61\x63he_breakpoint\x18\x03 \x01(\x08\"9\n\tChatInput\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.chunkserve.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x88\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.chunkserve.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xf8\x03\n\x11\x43ompressionPolicy\x12\x14\n\nkeep_ratio\x18\x01 \x01(\x02H\x00\x12\x19\n\x0fmax_kept_tokens\x18\x02 \x01(\x05H\x00\x12%\n\x06scorer\x18\x03 \x01(\x0e\x32\x15.chunkserve.v1.Scorer\x12!\n\x04unit\x18\x04 \x01(\x0e\x32\x13.chunkserve.v1.Unit\x12#\n\x05scope\x18\x05 \x01(\x0e\x32\x14.chunkserve.v1.Scope\x12+\n\tprecision\x18\x07 \x01(\x0e\x32\x18.chunkserve.v1.Precision\x12\x17\n\nchunk_size\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0bwindow_size\x18\t \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0bsink_tokens\x18\n \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0ereuse_interval\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x1a\n\rmax_kv_tokens\x18\x0c \x01(\x05H\x05\x88\x01\x01\x12,\n\rprefix_scorer\x18\r \x01(\x0e\x32\x15.chunkserve.v1.ScorerB\x08\n\x06\x62udgetB\r\n\x0b_chunk_sizeB\x0e\n\x0c_window_sizeB\x0e\n\x0c_sink_tokensB\x11\n\x0f_reuse_intervalB\x10\n\x0e_max_kv_tokensJ\x04\x08\x06\x10\x07\"w\n\nTokenDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11\x66irst_token_index\x18\x03 \x01(\x05\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.chunkserve.v1.TokenLogprob\"b\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12/\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x19.chunkserve.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\xe8\x01\n\x06\x46inish\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.chunkserve.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\x1c\n\x14num_generated_tokens\x18\x03 \x01(\x05\x12\x18\n\x10num_total_tokens\x18\x04 \x01(\x05\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x17\n\x0fsession_version\x18\x06 \x01(\x03\x12\x16\n\x0e\x66irst_token_ms\x18\x07 \x01(\x01\x12\x11\n\tdecode_ms\x18\x08 \x01(\x01\x12\x11\n\tcommit_ms\x18\t \x01(\x01*c\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x11\n\rSCORER_WINDOW\x10\x01\x12\x19\n\x15SCORER_RECONSTRUCTION\x10\x02\x12\x13\n\x0fSCORER_KEY_DIFF\x10\x03*w\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x14\n\x10PRECISION_NATIVE\x10\x01\x12\x11\n\rPRECISION_FP8\x10\x02\x12\x12\n\x0ePRECISION_INT8\x10\x03\x12\x12\n\x0ePRECISION_INT4\x10\x04*<\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0e\n\nUNIT_CHUNK\x10\x01\x12\x0e\n\nUNIT_TOKEN\x10\x02*b\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_HEAD\x10\x01\x12\x0f\n\x0bSCOPE_LAYER\x10\x02\x12\x0f\n\x0bSCOPE_GROUP\x10\x03\x12\x10\n\x0cSCOPE_GLOBAL\x10\x04*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SCORER']._serialized_start=1752
-  _globals['_SCORER']._serialized_end=1803
-  _globals['_UNIT']._serialized_start=1805
-  _globals['_UNIT']._serialized_end=1865
-  _globals['_SCOPE']._serialized_start=1867
-  _globals['_SCOPE']._serialized_end=1965
-  _globals['_FINISHREASON']._serialized_start=1967
-  _globals['_FINISHREASON']._serialized_end=2085
+  _globals['_SCORER']._serialized_start=1863
+  _globals['_SCORER']._serialized_end=1962
+  _globals['_PRECISION']._serialized_start=1964
+  _globals['_PRECISION']._serialized_end=2083
+  _globals['_UNIT']._serialized_start=2085
+  _globals['_UNIT']._serialized_end=2145
+  _globals['_SCOPE']._serialized_start=2147
+  _globals['_SCOPE']._serialized_end=2245
+  _globals['_FINISHREASON']._serialized_start=2247
+  _globals['_FINISHREASON']._serialized_end=2365
   _globals['_CHATMESSAGE']._serialized_start=44
-  _globals['_CHATMESSAGE']._serialized_end=88
-  _globals['_CHATINPUT']._serialized_start=90
-  _globals['_CHATINPUT']._serialized_end=147
-  _globals['_TOKENIDS']._serialized_start=149
-  _globals['_TOKENIDS']._serialized_end=172
-  _globals['_SAMPLINGPARAMS']._serialized_start=175
-  _globals['_SAMPLINGPARAMS']._serialized_end=823
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=596
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=644
-  _globals['_COMPRESSIONPOLICY']._serialized_start=826
-  _globals['_COMPRESSIONPOLICY']._serialized_end=1245
-  _globals['_TOKENDELTA']._serialized_start=1247
-  _globals['_TOKENDELTA']._serialized_end=1366
-  _globals['_TOKENLOGPROB']._serialized_start=1368
-  _globals['_TOKENLOGPROB']._serialized_end=1466
-  _globals['_TOPLOGPROB']._serialized_start=1468
-  _globals['_TOPLOGPROB']._serialized_end=1515
-  _globals['_FINISH']._serialized_start=1518
-  _globals['_FINISH']._serialized_end=1750
+  _globals['_CHATMESSAGE']._serialized_end=114
+  _globals['_CHATINPUT']._serialized_start=116
+  _globals['_CHATINPUT']._serialized_end=173
+  _globals['_TOKENIDS']._serialized_start=175
+  _globals['_TOKENIDS']._serialized_end=198
+  _globals['_SAMPLINGPARAMS']._serialized_start=201
+  _globals['_SAMPLINGPARAMS']._serialized_end=849
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=622
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=670
+  _globals['_COMPRESSIONPOLICY']._serialized_start=852
+  _globals['_COMPRESSIONPOLICY']._serialized_end=1356
+  _globals['_TOKENDELTA']._serialized_start=1358
+  _globals['_TOKENDELTA']._serialized_end=1477
+  _globals['_TOKENLOGPROB']._serialized_start=1479
+  _globals['_TOKENLOGPROB']._serialized_end=1577
+  _globals['_TOPLOGPROB']._serialized_start=1579
+  _globals['_TOPLOGPROB']._serialized_end=1626
+  _globals['_FINISH']._serialized_start=1629
+  _globals['_FINISH']._serialized_end=1861
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,16 @@ class Scorer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCORER_UNSPECIFIED: _ClassVar[Scorer]
     SCORER_WINDOW: _ClassVar[Scorer]
+    SCORER_RECONSTRUCTION: _ClassVar[Scorer]
+    SCORER_KEY_DIFF: _ClassVar[Scorer]
+
+class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRECISION_UNSPECIFIED: _ClassVar[Precision]
+    PRECISION_NATIVE: _ClassVar[Precision]
+    PRECISION_FP8: _ClassVar[Precision]
+    PRECISION_INT8: _ClassVar[Precision]
+    PRECISION_INT4: _ClassVar[Precision]
 
 class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -34,6 +44,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
 SCORER_UNSPECIFIED: Scorer
 SCORER_WINDOW: Scorer
+SCORER_RECONSTRUCTION: Scorer
+SCORER_KEY_DIFF: Scorer
+PRECISION_UNSPECIFIED: Precision
+PRECISION_NATIVE: Precision
+PRECISION_FP8: Precision
+PRECISION_INT8: Precision
+PRECISION_INT4: Precision
 UNIT_UNSPECIFIED: Unit
 UNIT_CHUNK: Unit
 UNIT_TOKEN: Unit
@@ -48,12 +65,14 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class ChatMessage(_message.Message):
-    __slots__ = ("role", "content")
+    __slots__ = ("role", "content", "cache_breakpoint")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BREAKPOINT_FIELD_NUMBER: _ClassVar[int]
     role: str
     content: str
-    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    cache_breakpoint: bool
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., cache_breakpoint: _Optional[bool] = ...) -> None: ...
 
 class ChatInput(_message.Message):
     __slots__ = ("messages",)
@@ -109,28 +128,32 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class CompressionPolicy(_message.Message):
-    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens")
+    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "precision", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens", "prefix_scorer")
     KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
     CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REUSE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     MAX_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_SCORER_FIELD_NUMBER: _ClassVar[int]
     keep_ratio: float
     max_kept_tokens: int
     scorer: Scorer
     unit: Unit
     scope: Scope
+    precision: Precision
     chunk_size: int
     window_size: int
     sink_tokens: int
     reuse_interval: int
     max_kv_tokens: int
-    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ...) -> None: ...
+    prefix_scorer: Scorer
+    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ..., prefix_scorer: _Optional[_Union[Scorer, str]] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("text", "token_ids", "first_token_index", "logprobs")

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from services.gateway.lease import finish, turn_lease
 from services.runtime.errors import ConflictError, NotFoundError, UnavailableError
 from services.store.base import SessionStore
+from services.store.lease import finish, turn_lease
 
 WAIT_S = 10.0
 
