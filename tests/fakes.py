@@ -30,6 +30,7 @@ from chunkserve.v1 import (
     session_pb2_grpc,
     types_pb2,
 )
+from services.decode.feeds import TokenFeeds
 from services.gateway.app import Gateway
 from services.gateway.config import GatewaySettings
 from services.runtime.interceptors import ServicerContext, current_request_id
@@ -131,6 +132,19 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.error: Exception | None = None
         self.error_after_first_token: Exception | None = None
         self.ends_early = False
+        self._feeds = TokenFeeds()
+
+    async def FeedTokens(
+        self, request: decode_pb2.FeedTokensRequest, context: ServicerContext
+    ) -> AsyncIterator[decode_pb2.FeedTokensResponse]:
+        with self._feeds.open(request.feed_id) as feed:
+            async for message in feed.messages():
+                yield message
+
+    async def HoldTokens(
+        self, request: decode_pb2.HoldTokensRequest, context: ServicerContext
+    ) -> decode_pb2.HoldTokensResponse:
+        raise NotImplementedError
 
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: ServicerContext
@@ -142,6 +156,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             raise self.error
 
         manifest = request.manifest
+        feed = self._feeds.get(request.feed_id)
         yield decode_pb2.DecodeResponse(
             started=decode_pb2.DecodeStarted(
                 worker_id=self._worker_id,
@@ -151,13 +166,14 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             )
         )
         for i, byte in enumerate(ANSWER):
-            yield decode_pb2.DecodeResponse(
-                delta=types_pb2.TokenDelta(
+            feed.put(
+                request.feed_key,
+                types_pb2.TokenDelta(
                     text=chr(byte),
                     token_ids=[byte],
                     first_token_index=i,
                     logprobs=_fake_logprobs(byte, request.sampling),
-                )
+                ),
             )
             if i == 0:
                 await self.after_first_token.pass_through()

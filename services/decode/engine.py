@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from chunkserve.v1 import types_pb2
 from services.decode.attention import Rows, forward
 from services.decode.generation import Generation
 from services.decode.pacing import Pace
@@ -105,7 +106,12 @@ class Engine:
         await self._failed.wait()
 
     def submit(
-        self, task: DecodeTask, kv: SequenceKV, *, on_released: Callable[[], None]
+        self,
+        task: DecodeTask,
+        kv: SequenceKV,
+        *,
+        on_released: Callable[[], None],
+        sink: Callable[[types_pb2.TokenDelta], None] | None = None,
     ) -> Generation:
         """Begin to generate.
 
@@ -113,6 +119,7 @@ class Engine:
             task: What is to be generated.
             kv: Of the tokens before the task's; has room for all that the task can come to.
             on_released: Called on the event loop, once, when the thread uses ``kv`` no more.
+            sink: Takes the tokens, on the event loop; else the generation is read.
 
         Raises:
             InvalidRequestError: The task's resumed tokens contradict its settings.
@@ -128,6 +135,7 @@ class Engine:
             capacity=READER_CAPACITY,
             notify=self._wake_up,
             on_released=on_released,
+            sink=sink,
         )
         with self._changed:
             if not self._is_running:

@@ -22,7 +22,7 @@ class Generation:
 
     Tokens that wait for the reader come as one delta. The iteration ends when the answer does, and
     raises what ended it early. After it, ``sequence`` and ``kv`` are the reader's: no thread
-    touches them.
+    touches them. With a ``sink``, the deltas go there, and the iteration only ends.
 
     Args:
         sequence: The engine's state of the answer.
@@ -30,6 +30,7 @@ class Generation:
         capacity: Tokens that may wait for the reader.
         notify: Wakes the engine up; callable from the event loop.
         on_released: Called on the event loop when the engine has let go.
+        sink: Takes the deltas, on the event loop.
     """
 
     def __init__(
@@ -40,10 +41,13 @@ class Generation:
         capacity: int,
         notify: Callable[[], None],
         on_released: Callable[[], None],
+        sink: Callable[[types_pb2.TokenDelta], None] | None = None,
     ) -> None:
         self.sequence = sequence
         self.kv = kv
         self.is_cancelled = False
+        self._is_held = False
+        self._sink = sink
         self._capacity = capacity
         self._notify = notify
         self._on_released = on_released
@@ -72,6 +76,11 @@ class Generation:
         self.is_cancelled = True
         self._notify()
 
+    def hold(self, is_held: bool) -> None:
+        """Let the engine pause the sequence before its next step, or go on with it."""
+        self._is_held = is_held
+        self._notify()
+
     def _take_waiting(self) -> Sequence[types_pb2.TokenDelta]:
         deltas = [self._waiting.popleft() for _ in range(len(self._waiting))]
         # Always: whether the queue was full when the engine looked cannot be told from here.
@@ -89,14 +98,16 @@ class Generation:
     @property
     def has_room(self) -> bool:
         """Whether one more delta may be put."""
-        return len(self._waiting) < self._capacity
+        return not self._is_held and len(self._waiting) < self._capacity
 
     def put(self, delta: types_pb2.TokenDelta) -> Callable[[], None]:
         """Hand a delta to the reader.
 
         Returns:
-            What wakes the reader up, to be called on the event loop.
+            What takes it there, to be called on the event loop.
         """
+        if self._sink is not None:
+            return functools.partial(self._sink, delta)
         self._waiting.append(delta)
         return self._changed.set
 

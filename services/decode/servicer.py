@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import grpc.aio
@@ -15,6 +17,7 @@ from chunkserve.v1 import decode_pb2, decode_pb2_grpc, manifest_pb2, session_pb2
 from services.compress import policy as policies
 from services.compress.segments import covered_tokens, store_segment
 from services.decode.engine import Engine
+from services.decode.feeds import TokenFeeds
 from services.decode.fetch import KVFetcher, OpenedKV
 from services.decode.generation import Generation
 from services.decode.limit import KVLimit
@@ -37,6 +40,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         store: Where segments and manifests are.
         memory: Where KV goes.
         fetcher: Brings it there.
+        feeds: Where tokens go whose caller has opened one.
         worker_id: This worker's name.
         max_output_tokens: Most tokens of an answer where the request names no number.
     """
@@ -49,9 +53,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         memory: KVMemory,
         fetcher: KVFetcher,
         *,
+        feeds: TokenFeeds,
         worker_id: str,
         max_output_tokens: int,
     ) -> None:
+        self._feeds = feeds
         self._loaded = loaded
         self._engine = engine
         self._store = store
@@ -70,6 +76,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sampling = SamplingSettings.from_proto(request.sampling, seed=secrets.randbits(63))
         num_resumed = request.num_resumed_tokens
         self._check(manifest, sampling, num_resumed)
+        feed = self._feeds.get(request.feed_id) if request.feed_id else None
         max_tokens = self._max_tokens(manifest, sampling, num_resumed)
         num_pending = len(manifest.token_ids) - covered_tokens(manifest)
 
@@ -92,10 +99,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 ),
                 opened.kv,
                 placement,
+                sink=functools.partial(feed.put, request.feed_key) if feed else None,
             )
             try:
-                async for delta in generation:
-                    yield decode_pb2.DecodeResponse(delta=delta)
+                with feed.carrying(request.feed_key, generation) if feed else nullcontext():
+                    async for delta in generation:
+                        yield decode_pb2.DecodeResponse(delta=delta)
             finally:
                 generation.cancel()
 
@@ -113,8 +122,33 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
         yield decode_pb2.DecodeResponse(finish=finish)
 
-    def _start(self, task: DecodeTask, kv: SequenceKV, placement: Placement) -> Generation:
-        generation = self._engine.submit(task, kv, on_released=placement.give_back)
+    async def FeedTokens(
+        self,
+        request: decode_pb2.FeedTokensRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[decode_pb2.FeedTokensResponse]:
+        if not request.feed_id:
+            raise InvalidRequestError("feed_id is empty; send one of your own", field="feed_id")
+        with self._feeds.open(request.feed_id) as feed:
+            async for message in feed.messages():
+                yield message
+
+    async def HoldTokens(
+        self,
+        request: decode_pb2.HoldTokensRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> decode_pb2.HoldTokensResponse:
+        self._feeds.get(request.feed_id).hold(request.feed_key, request.is_held)
+        return decode_pb2.HoldTokensResponse()
+
+    def _start(
+        self,
+        task: DecodeTask,
+        kv: SequenceKV,
+        placement: Placement,
+        sink: Callable[[types_pb2.TokenDelta], None] | None,
+    ) -> Generation:
+        generation = self._engine.submit(task, kv, on_released=placement.give_back, sink=sink)
         placement.lend()
         return generation
 

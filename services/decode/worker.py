@@ -12,6 +12,7 @@ from chunkserve.v1 import decode_pb2, decode_pb2_grpc
 from services.decode.attention import kv_geometry, use_sequences
 from services.decode.config import DecodeSettings
 from services.decode.engine import Engine
+from services.decode.feeds import TokenFeeds
 from services.decode.fetch import KVFetcher
 from services.decode.memory import KVPool
 from services.decode.placement import KVMemory
@@ -57,6 +58,7 @@ class DecodeWorker:
             # Ray sets OMP_NUM_THREADS to a replica's share of CPUs: torch's default is of no use.
             num_threads=settings.torch_threads or len(os.sched_getaffinity(0)),
         )
+        self._feeds = TokenFeeds()
         self._loaded = loaded
         self._store = store
         self._settings = settings
@@ -66,6 +68,7 @@ class DecodeWorker:
             store,
             self.memory,
             KVFetcher(store, self.memory, geometry, fingerprint=loaded.fingerprint),
+            feeds=self._feeds,
             worker_id=worker_id,
             max_output_tokens=settings.max_output_tokens,
         )
@@ -111,6 +114,7 @@ class DecodeWorker:
         """
         for task in self._tasks:
             await end_task(task)
+        self._feeds.drain()
         await self._server.stop(grace_s)
         await self.engine.stop()
         _log.info("decode.worker_stopped", worker_id=self.worker_id)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 
 import grpc.aio
 
-from chunkserve.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from chunkserve.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from services.gateway.feeds import TokenFeed
 from services.runtime.interceptors import request_id_metadata
 from services.runtime.server import open_channel
 from services.runtime.status import from_rpc_error
@@ -24,6 +25,7 @@ class WorkerChannels:
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._feeds: dict[str, TokenFeed] = {}
         self._num_calls: Counter[str] = Counter()
 
     def num_calls(self, address: str) -> int:
@@ -61,15 +63,12 @@ class WorkerChannels:
     ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
         """Call ``Decode`` and yield its events; closing the generator cancels the call."""
         with self._use(worker.address) as channel:
-            stub = decode_pb2_grpc.DecodeServiceStub(channel)
-            call = stub.Decode(request, timeout=timeout_s, metadata=request_id_metadata())
-            try:
-                async for event in call:
+            if worker.address not in self._feeds:
+                self._feeds[worker.address] = TokenFeed(channel)
+            feed = self._feeds[worker.address]
+            async with aclosing(feed.decode(request, timeout_s=timeout_s)) as events:
+                async for event in events:
                     yield event
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
-            finally:
-                call.cancel()
 
     async def prune(self, living: Collection[str]) -> None:
         """Close channels to addresses that are not among ``living`` and have no call."""
@@ -79,13 +78,18 @@ class WorkerChannels:
             if address not in living and not self._num_calls[address]
         ]
         for address in gone:
-            await self._channels.pop(address).close()
+            await self._close(address)
 
     async def close(self) -> None:
         """Close all channels; calls on them are cancelled."""
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        for address in list(self._channels):
+            await self._close(address)
+
+    async def _close(self, address: str) -> None:
+        channel, feed = self._channels.pop(address), self._feeds.pop(address, None)
+        if feed is not None:
+            await feed.close()
+        await channel.close()
 
     @contextmanager
     def _use(self, address: str) -> Iterator[grpc.aio.Channel]:

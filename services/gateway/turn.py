@@ -24,6 +24,9 @@ from services.runtime.telemetry import add_request_fields
 from services.store.base import SegmentStore, WorkerInfo
 from services.store.lease import finish
 
+# Reasons with which a worker, or what is left of it, says that it cannot go on.
+_WORKER_GONE: Final = frozenset({WORKER_UNAVAILABLE, "WORKER_STOPPED", "FEED_CLOSED"})
+
 # Reason with which the store says that it takes no more.
 _STORE_FULL: Final = "STORE_FULL"
 
@@ -243,7 +246,7 @@ def _log_prompt(info: inference_pb2.PromptInfo) -> None:
 def _may_go_elsewhere(error: ServiceError) -> bool:
     """Whether another worker may do better: this one is unreachable or full. The store is one."""
     is_full = isinstance(error, OverloadedError) and error.error_reason != _STORE_FULL
-    return is_full or error.error_reason == WORKER_UNAVAILABLE
+    return is_full or error.error_reason in _WORKER_GONE
 
 
 async def _other_worker(pick: Awaitable[WorkerInfo], error: ServiceError) -> WorkerInfo:

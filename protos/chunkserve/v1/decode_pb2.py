@@ -26,7 +26,7 @@ from chunkserve.v1 import manifest_pb2 as chunkserve_dot_v1_dot_manifest__pb2
 from chunkserve.v1 import types_pb2 as chunkserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hunkserve/v1/decode.proto\x12\rchunkserve.v1\x1a\x1c\x63hunkserve/v1/manifest.proto\x1a\x19\x63hunkserve/v1/types.proto\"\xea\x01\n\rDecodeRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.chunkserve.v1.SamplingParams\x12\x1a\n\x12num_resumed_tokens\x18\x03 \x01(\x05\x12\x35\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\"\x9f\x01\n\x0e\x44\x65\x63odeResponse\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.chunkserve.v1.DecodeStartedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.chunkserve.v1.TokenDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.chunkserve.v1.FinishH\x00\x42\x07\n\x05\x65vent\"d\n\rDecodeStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rfetched_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x66\x65tch_ms\x18\x03 \x01(\x01\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x05\x32X\n\rDecodeService\x12G\n\x06\x44\x65\x63ode\x12\x1c.chunkserve.v1.DecodeRequest\x1a\x1d.chunkserve.v1.DecodeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63hunkserve/v1/decode.proto\x12\rchunkserve.v1\x1a\x1c\x63hunkserve/v1/manifest.proto\x1a\x19\x63hunkserve/v1/types.proto\"\x8d\x02\n\rDecodeRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.chunkserve.v1.SamplingParams\x12\x1a\n\x12num_resumed_tokens\x18\x03 \x01(\x05\x12\x35\n\x0b\x63ompression\x18\x04 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x16\n\x0erequest_digest\x18\x06 \x01(\x0c\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x07 \x01(\t\x12\x10\n\x08\x66\x65\x65\x64_key\x18\x08 \x01(\x03\"\x9f\x01\n\x0e\x44\x65\x63odeResponse\x12/\n\x07started\x18\x01 \x01(\x0b\x32\x1c.chunkserve.v1.DecodeStartedH\x00\x12*\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.chunkserve.v1.TokenDeltaH\x00\x12\'\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x15.chunkserve.v1.FinishH\x00\x42\x07\n\x05\x65vent\"d\n\rDecodeStarted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rfetched_bytes\x18\x02 \x01(\x03\x12\x10\n\x08\x66\x65tch_ms\x18\x03 \x01(\x01\x12\x17\n\x0fnum_kept_tokens\x18\x04 \x01(\x05\"$\n\x11\x46\x65\x65\x64TokensRequest\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\t\">\n\x12\x46\x65\x65\x64TokensResponse\x12(\n\x06tokens\x18\x01 \x03(\x0b\x32\x18.chunkserve.v1.FedTokens\"G\n\tFedTokens\x12\x10\n\x08\x66\x65\x65\x64_key\x18\x01 \x01(\x03\x12(\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x19.chunkserve.v1.TokenDelta\"G\n\x11HoldTokensRequest\x12\x0f\n\x07\x66\x65\x65\x64_id\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x65\x64_key\x18\x02 \x01(\x03\x12\x0f\n\x07is_held\x18\x03 \x01(\x08\"\x14\n\x12HoldTokensResponse2\x80\x02\n\rDecodeService\x12G\n\x06\x44\x65\x63ode\x12\x1c.chunkserve.v1.DecodeRequest\x1a\x1d.chunkserve.v1.DecodeResponse0\x01\x12S\n\nFeedTokens\x12 .chunkserve.v1.FeedTokensRequest\x1a!.chunkserve.v1.FeedTokensResponse0\x01\x12Q\n\nHoldTokens\x12 .chunkserve.v1.HoldTokensRequest\x1a!.chunkserve.v1.HoldTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chunkserve.v1.decode_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODEREQUEST']._serialized_start=103
-  _globals['_DECODEREQUEST']._serialized_end=337
-  _globals['_DECODERESPONSE']._serialized_start=340
-  _globals['_DECODERESPONSE']._serialized_end=499
-  _globals['_DECODESTARTED']._serialized_start=501
-  _globals['_DECODESTARTED']._serialized_end=601
-  _globals['_DECODESERVICE']._serialized_start=603
-  _globals['_DECODESERVICE']._serialized_end=691
+  _globals['_DECODEREQUEST']._serialized_end=372
+  _globals['_DECODERESPONSE']._serialized_start=375
+  _globals['_DECODERESPONSE']._serialized_end=534
+  _globals['_DECODESTARTED']._serialized_start=536
+  _globals['_DECODESTARTED']._serialized_end=636
+  _globals['_FEEDTOKENSREQUEST']._serialized_start=638
+  _globals['_FEEDTOKENSREQUEST']._serialized_end=674
+  _globals['_FEEDTOKENSRESPONSE']._serialized_start=676
+  _globals['_FEEDTOKENSRESPONSE']._serialized_end=738
+  _globals['_FEDTOKENS']._serialized_start=740
+  _globals['_FEDTOKENS']._serialized_end=811
+  _globals['_HOLDTOKENSREQUEST']._serialized_start=813
+  _globals['_HOLDTOKENSREQUEST']._serialized_end=884
+  _globals['_HOLDTOKENSRESPONSE']._serialized_start=886
+  _globals['_HOLDTOKENSRESPONSE']._serialized_end=906
+  _globals['_DECODESERVICE']._serialized_start=909
+  _globals['_DECODESERVICE']._serialized_end=1165
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,16 @@ class DecodeServiceStub:
                 request_serializer=chunkserve_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=chunkserve_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.FeedTokens = channel.unary_stream(
+                '/chunkserve.v1.DecodeService/FeedTokens',
+                request_serializer=chunkserve_dot_v1_dot_decode__pb2.FeedTokensRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_decode__pb2.FeedTokensResponse.FromString,
+                _registered_method=True)
+        self.HoldTokens = channel.unary_unary(
+                '/chunkserve.v1.DecodeService/HoldTokens',
+                request_serializer=chunkserve_dot_v1_dot_decode__pb2.HoldTokensRequest.SerializeToString,
+                response_deserializer=chunkserve_dot_v1_dot_decode__pb2.HoldTokensResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer:
@@ -55,6 +65,22 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FeedTokens(self, request, context):
+        """Carries the tokens of all running Decode calls that name this feed, in one message for each
+        step of the engine: a message for each call would cost more than choosing the tokens. First
+        one empty message: the feed is open. When a feed ends, the calls that name it fail.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HoldTokens(self, request, context):
+        """Pauses a call whose reader falls behind, or lets it go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +88,16 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=chunkserve_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=chunkserve_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'FeedTokens': grpc.unary_stream_rpc_method_handler(
+                    servicer.FeedTokens,
+                    request_deserializer=chunkserve_dot_v1_dot_decode__pb2.FeedTokensRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_decode__pb2.FeedTokensResponse.SerializeToString,
+            ),
+            'HoldTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.HoldTokens,
+                    request_deserializer=chunkserve_dot_v1_dot_decode__pb2.HoldTokensRequest.FromString,
+                    response_serializer=chunkserve_dot_v1_dot_decode__pb2.HoldTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +128,60 @@ class DecodeService:
             '/chunkserve.v1.DecodeService/Decode',
             chunkserve_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             chunkserve_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FeedTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chunkserve.v1.DecodeService/FeedTokens',
+            chunkserve_dot_v1_dot_decode__pb2.FeedTokensRequest.SerializeToString,
+            chunkserve_dot_v1_dot_decode__pb2.FeedTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chunkserve.v1.DecodeService/HoldTokens',
+            chunkserve_dot_v1_dot_decode__pb2.HoldTokensRequest.SerializeToString,
+            chunkserve_dot_v1_dot_decode__pb2.HoldTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

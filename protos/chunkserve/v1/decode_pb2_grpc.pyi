@@ -38,6 +38,13 @@ class DecodeServiceStub:
     one forward pass, streams tokens, stores the KV of what it consumed and generated as one more
     segment, and commits the manifest. First one DecodeStarted, then TokenDeltas, last one Finish.
     """
+    FeedTokens: _grpc.UnaryStreamMultiCallable[_decode_pb2.FeedTokensRequest, _decode_pb2.FeedTokensResponse]
+    """Carries the tokens of all running Decode calls that name this feed, in one message for each
+    step of the engine: a message for each call would cost more than choosing the tokens. First
+    one empty message: the feed is open. When a feed ends, the calls that name it fail.
+    """
+    HoldTokens: _grpc.UnaryUnaryMultiCallable[_decode_pb2.HoldTokensRequest, _decode_pb2.HoldTokensResponse]
+    """Pauses a call whose reader falls behind, or lets it go on."""
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -49,6 +56,13 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     one forward pass, streams tokens, stores the KV of what it consumed and generated as one more
     segment, and commits the manifest. First one DecodeStarted, then TokenDeltas, last one Finish.
     """
+    FeedTokens: _aio.UnaryStreamMultiCallable[_decode_pb2.FeedTokensRequest, _decode_pb2.FeedTokensResponse]  # type: ignore[assignment]
+    """Carries the tokens of all running Decode calls that name this feed, in one message for each
+    step of the engine: a message for each call would cost more than choosing the tokens. First
+    one empty message: the feed is open. When a feed ends, the calls that name it fail.
+    """
+    HoldTokens: _aio.UnaryUnaryMultiCallable[_decode_pb2.HoldTokensRequest, _decode_pb2.HoldTokensResponse]  # type: ignore[assignment]
+    """Pauses a call whose reader falls behind, or lets it go on."""
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Continues a conversation from its stored KV cache. Served by decode workers."""
@@ -63,5 +77,24 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         one forward pass, streams tokens, stores the KV of what it consumed and generated as one more
         segment, and commits the manifest. First one DecodeStarted, then TokenDeltas, last one Finish.
         """
+
+    @_abc_1.abstractmethod
+    def FeedTokens(
+        self,
+        request: _decode_pb2.FeedTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_decode_pb2.FeedTokensResponse], _abc.AsyncIterator[_decode_pb2.FeedTokensResponse]]:
+        """Carries the tokens of all running Decode calls that name this feed, in one message for each
+        step of the engine: a message for each call would cost more than choosing the tokens. First
+        one empty message: the feed is open. When a feed ends, the calls that name it fail.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldTokens(
+        self,
+        request: _decode_pb2.HoldTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_pb2.HoldTokensResponse, _abc.Awaitable[_decode_pb2.HoldTokensResponse]]:
+        """Pauses a call whose reader falls behind, or lets it go on."""
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
