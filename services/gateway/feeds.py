@@ -171,13 +171,14 @@ class _Inbox:
             num_tokens: Tokens of the answer that came by another call.
             hold: Told how much waits.
         """
+        has_started = False
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if self._started is not None:
-                started, self._started = self._started, None
-                yield started
-            while self._deltas:
+            if self._started is not None and not has_started:
+                has_started = True
+                yield self._started
+            while self._deltas and has_started:
                 hold.observe(len(self._deltas))
                 delta = self._deltas.popleft()
                 num_tokens += len(delta.token_ids)
