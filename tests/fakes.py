@@ -78,6 +78,20 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.remaining_s: list[float | None] = []
         self.gate = Gate()
         self.error: Exception | None = None
+        self.prefill_error: Exception | None = None
+        self.rebuild_requests: list[prefill_pb2.RebuildRequest] = []
+
+    async def Rebuild(
+        self, request: prefill_pb2.RebuildRequest, context: ServicerContext
+    ) -> prefill_pb2.RebuildResponse:
+        self.rebuild_requests.append(request)
+        self.error = None
+        return prefill_pb2.RebuildResponse(
+            manifest=request.manifest,
+            num_rebuilt_tokens=num_cached(request.manifest),
+            prefill_ms=7,
+            worker_id=self._worker_id,
+        )
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: ServicerContext
@@ -86,8 +100,8 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.request_ids.append(current_request_id())
         self.remaining_s.append(context.time_remaining())
         await self.gate.pass_through()
-        if self.error is not None:
-            raise self.error
+        if self.error is not None or self.prefill_error is not None:
+            raise self.error or self.prefill_error
 
         manifest = manifest_pb2.Manifest()
         manifest.CopyFrom(request.manifest)
@@ -130,6 +144,8 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.before_start = Gate()
         self.after_first_token = Gate()
         self.error: Exception | None = None
+        self.errors: list[Exception] = []  # at the start, each once
+        self.errors_at_end: list[Exception] = []  # instead of the commit, each once
         self.error_after_first_token: Exception | None = None
         self.ends_early = False
         self._feeds = TokenFeeds()
@@ -149,11 +165,15 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: ServicerContext
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        self.requests.append(request)
+        received = decode_pb2.DecodeRequest()
+        received.CopyFrom(request)  # the commit adds to the manifest
+        self.requests.append(received)
         self.request_ids.append(current_request_id())
         await self.before_start.pass_through()
         if self.error is not None:
             raise self.error
+        if self.errors:
+            raise self.errors.pop()
 
         manifest = request.manifest
         feed = self._feeds.get(request.feed_id)
@@ -165,7 +185,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                 num_kept_tokens=sum(segment.num_kept_tokens for segment in manifest.segments),
             )
         )
-        for i, byte in enumerate(ANSWER):
+        for i, byte in list(enumerate(ANSWER))[request.num_resumed_tokens :]:
             feed.put(
                 request.feed_key,
                 types_pb2.TokenDelta(
@@ -175,12 +195,15 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                     logprobs=_fake_logprobs(byte, request.sampling),
                 ),
             )
-            if i == 0:
+            if i == request.num_resumed_tokens:
                 await self.after_first_token.pass_through()
                 if self.error_after_first_token is not None:
                     raise self.error_after_first_token
         if self.ends_early:
             return
+        if self.errors_at_end:
+            raise self.errors_at_end.pop()
+        manifest.token_ids.extend(ANSWER[request.num_resumed_tokens :])
         version = await self._commit(manifest) if manifest.session_id else 0
         yield decode_pb2.DecodeResponse(
             finish=types_pb2.Finish(
@@ -193,7 +216,6 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
 
     async def _commit(self, manifest: manifest_pb2.Manifest) -> int:
         read_version = manifest.version
-        manifest.token_ids.extend(ANSWER)
         await store_fake_segment(
             self._store, manifest, len(manifest.token_ids) - num_cached(manifest)
         )
@@ -226,7 +248,12 @@ class FakeCluster:
 
     def __init__(self, store: Store, **settings: Any) -> None:
         self.store = store
-        values = {"listen": "127.0.0.1:0", "worker_refresh_s": 0.02, **settings}
+        values = {
+            "listen": "127.0.0.1:0",
+            "worker_refresh_s": 0.02,
+            "failover_wait_s": 0.0,
+            **settings,
+        }
         self.gateway = Gateway(GatewaySettings(**values), store)
         self.servers: list[GrpcServer] = []
         self._stack = AsyncExitStack()

@@ -48,7 +48,7 @@ class Gateway:
             default_model=settings.default_model,
             num_calls=self._channels.num_calls,
         )
-        turns = TurnRunner(store, router, self._channels)
+        turns = TurnRunner(store, router, self._channels, failover_wait_s=settings.failover_wait_s)
         inference = InferenceServicer(settings, store, router, turns, self._admission)
         sessions = SessionServicer(settings, store, router)
         self.server = GrpcServer(

@@ -45,6 +45,19 @@ class WorkerChannels:
             except grpc.aio.AioRpcError as error:
                 raise from_rpc_error(error) from error
 
+    async def rebuild(
+        self, worker: WorkerInfo, request: prefill_pb2.RebuildRequest, *, timeout_s: float
+    ) -> prefill_pb2.RebuildResponse:
+        """Call ``Rebuild``; raises what the worker raised, or ``UnavailableError``."""
+        with self._use(worker.address) as channel:
+            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
+            try:
+                return await stub.Rebuild(
+                    request, timeout=timeout_s, metadata=request_id_metadata()
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
     async def tokenize(
         self, worker: WorkerInfo, request: prefill_pb2.TokenizeRequest, *, timeout_s: float
     ) -> prefill_pb2.TokenizeResponse:

@@ -30,6 +30,7 @@ class GatewaySettings(ServiceSettings):
         worker_refresh_s: Age at which the list of living workers is read again.
         max_concurrent_requests: Generate and CountTokens calls at once; more are refused.
         default_deadline_s: Time for a call that brings no deadline.
+        failover_wait_s: How long an answer whose decode worker died waits for another one.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -42,6 +43,7 @@ class GatewaySettings(ServiceSettings):
     worker_refresh_s: float = _seconds(0.5)
     max_concurrent_requests: int = Field(default=256, ge=1)
     default_deadline_s: float = _seconds(600)
+    failover_wait_s: float = Field(default=20.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_session_ttl(self) -> Self:

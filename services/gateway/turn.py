@@ -6,10 +6,11 @@ Knows no leases and no limits; those are its caller's.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
@@ -17,11 +18,17 @@ from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, 
 from services.gateway.channels import WorkerChannels
 from services.gateway.manifests import num_cached_tokens
 from services.gateway.routing import Router
-from services.runtime.errors import OverloadedError, ServiceError, UnavailableError
+from services.runtime.errors import (
+    CorruptError,
+    NotFoundError,
+    OverloadedError,
+    ServiceError,
+    UnavailableError,
+)
 from services.runtime.interceptors import current_request_id
 from services.runtime.status import WORKER_UNAVAILABLE
-from services.runtime.telemetry import add_request_fields
-from services.store.base import SegmentStore, WorkerInfo
+from services.runtime.telemetry import add_request_fields, get_logger
+from services.store.base import Store, WorkerInfo
 from services.store.lease import finish
 
 # Reasons with which a worker, or what is left of it, says that it cannot go on.
@@ -29,6 +36,13 @@ _WORKER_GONE: Final = frozenset({WORKER_UNAVAILABLE, "WORKER_STOPPED", "FEED_CLO
 
 # Reason with which the store says that it takes no more.
 _STORE_FULL: Final = "STORE_FULL"
+_STORE_AWAY: Final = "STORE_UNAVAILABLE"
+
+_LOST_KV: Final = frozenset({"SEGMENT_NOT_FOUND", "SEGMENT_CORRUPT"})
+
+_FAILOVER_POLL_S: Final = 0.25
+
+_log = get_logger()
 
 _Answer = TypeVar("_Answer")
 
@@ -53,16 +67,32 @@ class Turn:
 
 
 class TurnRunner:
-    """Runs turns on workers.
+    """Runs turns on workers, and goes on where they fail.
 
-    A worker that cannot be reached, or is full, is replaced once: a prefill worker always, because
-    it keeps no state; a decode worker as long as it has sent nothing.
+    A worker that cannot be reached, is full or dies is replaced: a prefill worker because it keeps
+    no state, a decode worker because the tokens that it sent are all the state there is. Stored KV
+    that is missing or damaged is computed again once. Without the store, one-off requests are
+    answered from the uncompressed prompt.
+
+    Args:
+        store: Where segments and turns' results are.
+        router: Chooses workers.
+        channels: Calls them.
+        failover_wait_s: How long an answer that has begun waits for a worker to go on with.
     """
 
-    def __init__(self, store: SegmentStore, router: Router, channels: WorkerChannels) -> None:
+    def __init__(
+        self,
+        store: Store,
+        router: Router,
+        channels: WorkerChannels,
+        *,
+        failover_wait_s: float = 20.0,
+    ) -> None:
         self._store = store
         self._router = router
         self._channels = channels
+        self._failover_wait_s = failover_wait_s
 
     async def run(self, turn: Turn, manifest: manifest_pb2.Manifest) -> types_pb2.Finish:
         """Answer ``turn`` on top of ``manifest``: send its PromptInfo and tokens, return its end.
@@ -76,18 +106,18 @@ class TurnRunner:
 
         Raises:
             ServiceError: What a worker raised, unchanged.
-            UnavailableError: No worker lives, or one died during the answer.
+            UnavailableError: No worker lives, or none was left to go on with the answer.
             MismatchError: No worker has the weights that computed the session's KV cache.
         """
         await self._channels.prune({w.address for w in await self._router.workers()})
         # Without a decode worker, a long prefill would be in vain.
         await self._router.pick_decode(manifest.model, fingerprint=manifest.model_fingerprint)
-        prefilled = await self._prefill(turn, manifest)
+        prompt = await self._prompt(turn, manifest)
         try:
-            return await self._decode(turn, prefilled)
+            return await self._decode(_Relay(turn, prompt))
         finally:
             if not manifest.session_id:
-                await finish("one_off.delete", self._delete_segments(prefilled.manifest))
+                await finish("one_off.delete", self._delete_segments(prompt.manifest))
 
     async def count_tokens(
         self,
@@ -105,58 +135,151 @@ class TurnRunner:
         )
         return len(answer.token_ids)
 
-    async def _prefill(
-        self, turn: Turn, manifest: manifest_pb2.Manifest
-    ) -> prefill_pb2.PrefillResponse:
+    async def _prompt(self, turn: Turn, manifest: manifest_pb2.Manifest) -> _Prompt:
+        """Return the prompt with its KV stored, as far as a store is there to hold it."""
+        is_one_off = not manifest.session_id
+        try:
+            return await self._healed(turn, _Prompt(manifest), partial(self._prefill, turn))
+        except UnavailableError as error:
+            if not is_one_off or error.error_reason != _STORE_AWAY:
+                raise
+        _log.warning("one_off.without_store")
+        return await self._tokenized(turn, manifest)
+
+    async def _healed(
+        self, turn: Turn, prompt: _Prompt, use: Callable[[_Prompt], Awaitable[_Answer]]
+    ) -> _Answer:
+        """Return what ``use`` makes of the prompt; if its KV cannot be used, compute it again."""
+        try:
+            return await use(prompt)
+        except (NotFoundError, CorruptError) as error:
+            is_lost = error.error_reason in _LOST_KV
+            if not is_lost or prompt.rebuilt is not None or not prompt.manifest.session_id:
+                raise
+            _log.warning("session.rebuild", reason=error.error_reason, error=error.message)
+        await self._rebuild(turn, prompt)
+        return await use(prompt)
+
+    async def _rebuild(self, turn: Turn, prompt: _Prompt) -> None:
+        manifest = prompt.manifest
+        request = prefill_pb2.RebuildRequest(manifest=manifest)
+        rebuilt = await self._ask_prefill_worker(
+            manifest.model,
+            manifest.model_fingerprint,
+            lambda worker: self._channels.rebuild(worker, request, timeout_s=turn.remaining_s()),
+        )
+        prompt.manifest = rebuilt.manifest
+        prompt.rebuilt = rebuilt
+
+    async def _prefill(self, turn: Turn, prompt: _Prompt) -> _Prompt:
+        manifest = prompt.manifest
         request = prefill_pb2.PrefillRequest(
             manifest=manifest, min_free_tokens=max(1, turn.request.sampling.min_tokens)
         )
         _copy_input(turn.request, request)
         if turn.request.HasField("compression"):
             request.compression.CopyFrom(turn.request.compression)
-        return await self._ask_prefill_worker(
+        prefilled = await self._ask_prefill_worker(
             manifest.model,
             manifest.model_fingerprint,
             lambda worker: self._channels.prefill(worker, request, timeout_s=turn.remaining_s()),
         )
+        return _Prompt(prefilled.manifest, prefilled, prompt.rebuilt)
+
+    async def _tokenized(self, turn: Turn, manifest: manifest_pb2.Manifest) -> _Prompt:
+        """Return a one-off prompt whose KV is all left to the decode worker."""
+        tokenize = prefill_pb2.TokenizeRequest()
+        _copy_input(turn.request, tokenize)
+        tokenized = await self._ask_prefill_worker(
+            manifest.model,
+            "",
+            lambda worker: self._channels.tokenize(worker, tokenize, timeout_s=turn.remaining_s()),
+        )
+        prompt = manifest_pb2.Manifest()
+        prompt.CopyFrom(manifest)
+        prompt.token_ids.extend(tokenized.token_ids)
+        return _Prompt(prompt, prefill_pb2.PrefillResponse(num_new_tokens=len(prompt.token_ids)))
 
     async def _ask_prefill_worker(
         self, model: str, fingerprint: str, ask: Callable[[WorkerInfo], Awaitable[_Answer]]
     ) -> _Answer:
-        pick = partial(self._router.pick_prefill, model, fingerprint=fingerprint)
-        worker = await pick()
-        try:
-            return await ask(worker)
-        except ServiceError as error:
-            if not _may_go_elsewhere(error):
-                raise
-            other = await _other_worker(pick(exclude=[worker.worker_id]), error)
-        return await ask(other)
+        tried: list[str] = []
+        worker = await self._router.pick_prefill(model, fingerprint=fingerprint)
+        while True:
+            try:
+                return await ask(worker)
+            except ServiceError as error:
+                if not _may_go_elsewhere(error):
+                    raise
+                tried.append(worker.worker_id)
+                worker = await _other_worker(
+                    self._router.pick_prefill(model, fingerprint=fingerprint, exclude=tried), error
+                )
 
-    async def _decode(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> types_pb2.Finish:
-        pick = partial(
-            self._router.pick_decode,
-            prefilled.manifest.model,
-            fingerprint=prefilled.manifest.model_fingerprint,
-            last_worker=prefilled.manifest.last_decode_worker,
-            avoid=turn.avoid_worker,
+    async def _decode(self, relay: _Relay) -> types_pb2.Finish:
+        gone: set[str] = set()
+        full: set[str] = set()
+        worker = await self._pick_decode(relay)
+        while True:
+            try:
+                decode = partial(self._decode_on, worker, relay)
+                return await self._healed(relay.turn, relay.prompt, decode)
+            except ServiceError as error:
+                if not _may_go_elsewhere(error):
+                    raise
+                (full if isinstance(error, OverloadedError) else gone).add(worker.worker_id)
+                worker = await self._next_decode(relay, gone, full, error)
+
+    async def _pick_decode(self, relay: _Relay, exclude: Collection[str] = ()) -> WorkerInfo:
+        manifest = relay.prompt.manifest
+        return await self._router.pick_decode(
+            manifest.model,
+            fingerprint=manifest.model_fingerprint,
+            last_worker=manifest.last_decode_worker,
+            avoid=relay.turn.avoid_worker,
+            exclude=exclude,
         )
-        worker = await pick()
-        relay = _Relay(turn, prefilled)
-        try:
-            return await self._decode_on(worker, relay)
-        except ServiceError as error:
-            if relay.has_begun or not _may_go_elsewhere(error):
-                raise
-            other = await _other_worker(pick(exclude=[worker.worker_id]), error)
-        return await self._decode_on(other, relay)
 
-    async def _decode_on(self, worker: WorkerInfo, relay: _Relay) -> types_pb2.Finish:
+    async def _next_decode(
+        self, relay: _Relay, gone: set[str], full: set[str], error: ServiceError
+    ) -> WorkerInfo:
+        """Return a worker to go on with after ``error``; an answer that has begun waits for one.
+
+        Args:
+            relay: What was sent so far.
+            gone: Ids of workers that are not asked again.
+            full: Ids of workers that are not asked again before the others.
+            error: Stands if there is no other worker.
+        """
+        wait_s = self._failover_wait_s if relay.has_begun else 0.0
+        give_up_at = time.monotonic() + min(wait_s, relay.turn.remaining_s())
+        while True:
+            try:
+                worker = await self._pick_decode(relay, gone | full)
+            except UnavailableError:
+                if time.monotonic() >= give_up_at:
+                    raise error from None
+                full.clear()
+                await asyncio.sleep(_FAILOVER_POLL_S)
+            else:
+                _log.warning(
+                    "decode.failover",
+                    reason=error.error_reason,
+                    worker_id=worker.worker_id,
+                    num_sent_tokens=len(relay.token_ids),
+                )
+                return worker
+
+    async def _decode_on(
+        self, worker: WorkerInfo, relay: _Relay, prompt: _Prompt
+    ) -> types_pb2.Finish:
         request = decode_pb2.DecodeRequest(
-            manifest=relay.prefilled.manifest,
-            sampling=relay.turn.request.sampling,
-            compression=relay.prefilled.compression,
+            manifest=prompt.manifest,
+            sampling=relay.sampling,
+            num_resumed_tokens=len(relay.token_ids),
+            compression=prompt.prefilled.compression,
         )
+        request.manifest.token_ids.extend(relay.token_ids)
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
         async with aclosing(call) as events:
             async for event in events:
@@ -169,28 +292,54 @@ class TurnRunner:
             await asyncio.to_thread(self._store.delete_segments, segment_ids)
 
 
-class _Relay:
-    """Turns a decode worker's events into the caller's."""
+@dataclass(slots=True)
+class _Prompt:
+    """A prompt on the way to its answer.
 
-    def __init__(self, turn: Turn, prefilled: prefill_pb2.PrefillResponse) -> None:
+    Attributes:
+        manifest: The session with what is known of this turn.
+        prefilled: What the prefill worker said.
+        rebuilt: What was computed again on the way, if anything.
+    """
+
+    manifest: manifest_pb2.Manifest
+    prefilled: prefill_pb2.PrefillResponse = field(default_factory=prefill_pb2.PrefillResponse)
+    rebuilt: prefill_pb2.RebuildResponse | None = None
+
+
+class _Relay:
+    """Turns decode workers' events into the caller's, and knows what was sent already.
+
+    Attributes:
+        token_ids: Of the answer, as sent so far: what another worker needs to go on.
+        sampling: The caller's, its seed drawn if it named none: all workers must use the same.
+    """
+
+    def __init__(self, turn: Turn, prompt: _Prompt) -> None:
         self.turn = turn
-        self.prefilled = prefilled
-        self._has_token = False
-        self._finish: types_pb2.Finish | None = None
+        self.prompt = prompt
+        self.token_ids: list[int] = []
+        self.sampling = types_pb2.SamplingParams()
+        self.sampling.CopyFrom(turn.request.sampling)
+        if not self.sampling.HasField("seed"):
+            self.sampling.seed = secrets.randbits(63)
         self.has_begun = False
+        self._finish: types_pb2.Finish | None = None
 
     async def forward(self, event: decode_pb2.DecodeResponse) -> None:
-        """Send the event on; keep the last one."""
-        self.has_begun = True
+        """Send the event on, unless a worker before sent it; keep the last one."""
         match event.WhichOneof("event"):
             case "started":
-                info = _prompt_info(self.prefilled, event.started)
-                _log_prompt(info)
-                await self.turn.send(inference_pb2.GenerateResponse(prompt_info=info))
+                if not self.has_begun:
+                    self.has_begun = True
+                    info = _prompt_info(self.prompt, event.started)
+                    _log_prompt(info)
+                    await self.turn.send(inference_pb2.GenerateResponse(prompt_info=info))
             case "delta":
-                if not self._has_token:
-                    self._has_token = True
+                if not self.token_ids:
                     add_request_fields(first_token_ms=_ms_since(self.turn.started_at))
+                # Known to be sent before it is: gRPC sends it even if this is cancelled here.
+                self.token_ids.extend(event.delta.token_ids)
                 await self.turn.send(inference_pb2.GenerateResponse(delta=event.delta))
             case "finish":
                 self._finish = event.finish
@@ -206,13 +355,13 @@ class _Relay:
         return self._finish
 
 
-def _prompt_info(
-    prefilled: prefill_pb2.PrefillResponse, started: decode_pb2.DecodeStarted
-) -> inference_pb2.PromptInfo:
-    manifest = prefilled.manifest
+def _prompt_info(prompt: _Prompt, started: decode_pb2.DecodeStarted) -> inference_pb2.PromptInfo:
+    manifest, prefilled = prompt.manifest, prompt.prefilled
     num_prompt_tokens = len(manifest.token_ids)
     num_cached = num_cached_tokens(manifest)
-    num_reused = max(num_cached - prefilled.num_prefilled_tokens, 0)
+    num_rebuilt = prompt.rebuilt.num_rebuilt_tokens if prompt.rebuilt else 0
+    num_computed = prefilled.num_prefilled_tokens + num_rebuilt
+    num_reused = max(num_cached - num_computed, 0)
     return inference_pb2.PromptInfo(
         request_id=current_request_id(),
         num_prompt_tokens=num_prompt_tokens,
@@ -224,12 +373,15 @@ def _prompt_info(
         stored_bytes=sum(segment.size_bytes for segment in manifest.segments),
         fetched_bytes=started.fetched_bytes,
         tokenize_ms=prefilled.tokenize_ms,
-        prefill_ms=prefilled.prefill_ms,
+        prefill_ms=prefilled.prefill_ms + (prompt.rebuilt.prefill_ms if prompt.rebuilt else 0),
         compression_ms=prefilled.compression_ms,
         store_ms=prefilled.store_ms,
         fetch_ms=started.fetch_ms,
         prefill_worker=prefilled.worker_id,
         decode_worker=started.worker_id,
+        rebuilt=num_rebuilt > 0,
+        num_rebuilt_tokens=num_rebuilt,
+        num_shared_tokens=prefilled.num_shared_tokens,
     )
 
 
