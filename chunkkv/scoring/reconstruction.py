@@ -71,7 +71,7 @@ def reconstruct(
         with observable(model):
             for piece in _pieces(prefilled, input_ids):
                 before_chunk()
-                probe.num_queries = piece.num_tokens
+                probe.num_queries = None if padding is None else piece.num_tokens
                 model.base_model(
                     input_ids=piece.input_ids,
                     attention_mask=_mask(prefilled, piece.input_ids),
@@ -116,7 +116,7 @@ def most_attention(
     for start in range(0, q_len, QUERIES_AT_ONCE):
         asking = slice(start, start + QUERIES_AT_ONCE)
         logits = attention_logits(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
-        shares = logits - logits.logsumexp(dim=-1, keepdim=True)
+        shares = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # logarithms of attention
         if num_queries is not None:
             order = torch.arange(start, start + logits.shape[3], device=keys.device)
             is_silent = order >= num_queries.to(keys.device)[:, None]  # (batch, queries)
