@@ -7,7 +7,7 @@ from chunkkv.attention import QueryProbe, make_observable, observable
 from chunkkv.cache import KVCache
 from chunkkv.codec import EncodedKV, Header, decode, encode, read_header
 from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
-from chunkkv.compressor import Prefilled, compress
+from chunkkv.compressor import compress
 from chunkkv.errors import (
     ChunkKVError,
     CorruptError,
@@ -19,7 +19,8 @@ from chunkkv.errors import (
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefill import generation_inputs, prefill, run_prefill
-from chunkkv.scoring import window_scores
+from chunkkv.prefilled import Prefilled
+from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
 from chunkkv.selection import Selection, select, select_positions
 
 __all__ = [
@@ -44,11 +45,13 @@ __all__ = [
     "decode",
     "encode",
     "generation_inputs",
+    "key_diff_scores",
     "make_observable",
     "model_fingerprint",
     "observable",
     "prefill",
     "read_header",
+    "reconstruct",
     "run_prefill",
     "select",
     "select_positions",

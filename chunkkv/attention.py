@@ -1,7 +1,7 @@
-"""Catches queries on their way through a model's attention.
+"""Catches queries and keys on their way through a model's attention.
 
-Uses the attention interface of transformers: an implementation of our own name hands the queries
-to a probe, if one came with the call, and then runs the implementation that the model had before.
+Uses the attention interface of transformers: an implementation of our own name hands them to
+a probe, if one came with the call, and then runs the implementation that the model had before.
 No model code is touched.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -22,6 +22,30 @@ _PREFIX: Final = "chunkkv_"
 
 # Keyword that carries the probe from the model's call to its attention.
 PROBE_ARGUMENT: Final = "chunkkv_probe"
+
+
+class AttentionProbe(Protocol):
+    """Sees the queries and keys of each layer, right before they meet."""
+
+    def observe(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        *,
+        keys: torch.Tensor,
+    ) -> None:
+        """Take what one layer computed in one forward pass, after position encoding.
+
+        Args:
+            layer: Its index.
+            queries: ``(batch, num_heads, q_len, head_dim)``.
+            scaling: Factor on the dot products; ``head_dim ** -0.5`` if ``None``.
+            softcap: Bound of the logits, or ``None``.
+            keys: ``(batch, num_kv_heads, kv_len, head_dim)``: all that the queries may see, their
+                own last.
+        """
 
 
 @dataclass(slots=True)
@@ -42,7 +66,13 @@ class QueryProbe:
     softcap: dict[int, float | None] = field(default_factory=dict)
 
     def observe(
-        self, layer: int, queries: torch.Tensor, scaling: float | None, softcap: float | None
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        *,
+        keys: torch.Tensor | None = None,
     ) -> None:
         """Take the queries of one forward pass ``(batch, num_heads, q_len, head_dim)``."""
         recent = queries[:, :, -self.window_size :]
@@ -92,10 +122,10 @@ def _probed(base: str) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
-        probe: QueryProbe | None = kwargs.pop(PROBE_ARGUMENT, None)
+        probe: AttentionProbe | None = kwargs.pop(PROBE_ARGUMENT, None)
         if probe is not None:
             layer: int = module.layer_idx  # type: ignore[assignment]
-            probe.observe(layer, query, kwargs.get("scaling"), kwargs.get("softcap"))
+            probe.observe(layer, query, kwargs.get("scaling"), kwargs.get("softcap"), keys=key)
         run = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
         return run(module, query, key, value, attention_mask, **kwargs)
 

@@ -6,6 +6,7 @@ tokens were *seen* (so positions continue where the text does) and the mask how 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,6 +134,21 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         return grown
 
 
+class _LookaheadLayer(KeptLayer):
+    """Shows another layer's tokens and new ones to one forward pass, and keeps nothing."""
+
+    def __init__(self, layer: KeptLayer) -> None:
+        self.__dict__.update(layer.__dict__)
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, *, seen: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # One layer's copy at a time: room for the tokens in the slab might double all layers'.
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+
 class KVCache(Cache):  # type: ignore[misc]
     """The KV cache of a batch of sequences, in all layers of a model.
 
@@ -229,6 +245,15 @@ class KVCache(Cache):  # type: ignore[misc]
                 layer.cumulative_length = segment.first_token + segment.num_tokens
             else:
                 layer.append(keys, values, seen=segment.num_tokens)
+
+    def lookahead(self) -> KVCache:
+        """Return a cache for one forward pass over tokens that follow; this one stays as it is."""
+        ahead = copy.copy(self)
+        ahead.layers = [
+            _LookaheadLayer(layer) if isinstance(layer, KeptLayer) else copy.copy(layer)
+            for layer in self.layers
+        ]
+        return ahead
 
     @property
     def num_kept_tokens(self) -> int:

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from chunkkv.attention import QueryProbe
-from chunkkv.cache import KeptLayer, KVCache
+from chunkkv.cache import KeptLayer
 from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
-from chunkkv.errors import InvalidInputError
 from chunkkv.policy import CompressionPolicy
-from chunkkv.scoring import window_scores
+from chunkkv.prefilled import Prefilled
+from chunkkv.scoring import layer_scores
 from chunkkv.selection import Selection, scored_layers, select
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """A prompt's full KV cache and what is needed to compress it.
-
-    Attributes:
-        cache: Holds, for each row, the sequence's prefix, then the span, right-aligned.
-        probe: Queries of the last tokens.
-        first_token: Position of the span's first token (0 unless there is a prefix).
-        num_tokens: For each row, tokens of the span; shorter rows are padded on the left.
-        fingerprint: Of the model.
-    """
-
-    cache: KVCache
-    probe: QueryProbe
-    first_token: int
-    num_tokens: tuple[int, ...]
-    fingerprint: str
 
 
 @torch.no_grad()
@@ -41,8 +19,8 @@ def compress(prefilled: Prefilled, policy: CompressionPolicy) -> list[Compressed
     The prefix, if there is one, is neither scored nor compressed again.
 
     Raises:
-        InvalidInputError: The probe saw no queries, or too few for the policy's window, or the
-            scores are not finite.
+        InvalidInputError: The prefill lacks what the policy's scorer needs, or the scores are not
+            finite.
     """
     layers = prefilled.cache.layers
     full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
@@ -54,31 +32,10 @@ def compress(prefilled: Prefilled, policy: CompressionPolicy) -> list[Compressed
 
 
 def _scores(prefilled: Prefilled, policy: CompressionPolicy, full: list[int]) -> torch.Tensor:
-    probe, longest = prefilled.probe, max(prefilled.num_tokens)
-    padding = torch.tensor([longest - n for n in prefilled.num_tokens])
     scored = [full[i] for i in scored_layers(policy, len(full))]
     if not scored:
-        return torch.zeros(len(prefilled.num_tokens), 0, 1, longest)
-    if policy.window_size > probe.window_size:
-        raise InvalidInputError(
-            f"the policy's window has {policy.window_size} tokens; queries of the last "
-            f"{probe.window_size} were kept"
-        )
-    missing = [index for index in scored if index not in probe.queries]
-    if missing:
-        raise InvalidInputError(f"no queries of layers {missing} were seen; was the model run?")
-    rows = []
-    for index in scored:
-        keys = prefilled.cache.layers[index].keys
-        scores = window_scores(
-            probe.queries[index][:, :, -policy.window_size :],
-            keys,
-            scaling=probe.scaling[index],
-            softcap=probe.softcap[index],
-            num_padding=padding if padding.any() else None,
-        )
-        rows.append(scores[..., -longest:])
-    return torch.stack(rows, dim=1)
+        return torch.zeros(len(prefilled.num_tokens), 0, 1, prefilled.longest)
+    return torch.stack([layer_scores(prefilled, policy, index) for index in scored], dim=1)
 
 
 def _compress_row(

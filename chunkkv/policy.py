@@ -12,7 +12,7 @@ from typing import Final, Literal, get_args
 
 from chunkkv.errors import InvalidPolicyError
 
-Scorer = Literal["window"]
+Scorer = Literal["window", "reconstruction", "key_diff"]
 Unit = Literal["chunk", "token"]
 Scope = Literal["head", "layer", "group", "global"]
 
@@ -36,14 +36,17 @@ class CompressionPolicy:
         keep_ratio: Fraction of tokens to keep, in ``(0, 1]``; ``floor(keep_ratio * num_tokens)``,
             at least 1. Exclusive with ``max_kept_tokens``; 0.3 if neither is given.
         max_kept_tokens: Number of tokens to keep at most, at least 1.
-        scorer: ``window``: attention of the last ``window_size`` tokens (ChunkKV, SnapKV).
+        scorer: ``window``: attention of the last ``window_size`` tokens (ChunkKV, SnapKV);
+            ``reconstruction``: attention while the model repeats the text (KVzip); ``key_diff``:
+            how little a key resembles the average one (KeyDiff).
         unit: ``chunk``: ``chunk_size`` neighbouring tokens are kept or dropped together
             (ChunkKV); ``token``: each by itself (SnapKV).
         scope: Who shares one list of positions: ``head`` (nobody), ``layer`` (its KV heads),
             ``group`` (``reuse_interval`` neighbouring layers use the first one's list),
             ``global`` (all layers, by the sum of their scores).
         chunk_size: Tokens in a chunk, at least 1.
-        window_size: Trailing tokens that score the others and are kept, at least 1.
+        window_size: Trailing tokens that are kept, and with ``window`` score the others, at least
+            1.
         sink_tokens: Leading tokens that are kept, at least 0.
         reuse_interval: Layers that share one list with scope ``group``, at least 1.
 

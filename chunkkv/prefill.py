@@ -10,10 +10,12 @@ import torch
 from chunkkv.attention import PROBE_ARGUMENT, QueryProbe, observable
 from chunkkv.cache import KVCache
 from chunkkv.compressed import CompressedKV
-from chunkkv.compressor import Prefilled, compress
+from chunkkv.compressor import compress
 from chunkkv.errors import InvalidInputError
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
+from chunkkv.prefilled import Prefilled
+from chunkkv.scoring import reconstruct
 
 
 def prefill(
@@ -47,6 +49,8 @@ def prefill(
         attention_mask=attention_mask,
         prefill_chunk_tokens=prefill_chunk_tokens,
     )
+    if policy.scorer == "reconstruction":
+        prefilled = reconstruct(model, prefilled, input_ids)
     return compress(prefilled, policy)
 
 

@@ -8,7 +8,11 @@ import chunkkv
 from chunkserve.v1 import types_pb2
 from services.compress.segments import library_errors
 
-_SCORERS: Final[dict[int, str]] = {types_pb2.SCORER_WINDOW: "window"}
+_SCORERS: Final[dict[int, str]] = {
+    types_pb2.SCORER_WINDOW: "window",
+    types_pb2.SCORER_RECONSTRUCTION: "reconstruction",
+    types_pb2.SCORER_KEY_DIFF: "key_diff",
+}
 _UNITS: Final[dict[int, str]] = {types_pb2.UNIT_CHUNK: "chunk", types_pb2.UNIT_TOKEN: "token"}
 _SCOPES: Final[dict[int, str]] = {
     types_pb2.SCOPE_HEAD: "head",

@@ -24,7 +24,8 @@ class RunResult:
     Attributes:
         kv: What was kept of its new tokens.
         prefill_ms: Milliseconds of forward passes.
-        compression_ms: Milliseconds to score, select and gather.
+        compression_ms: Milliseconds to score, by a second pass if the scorer needs one, select and
+            gather.
     """
 
     kv: chunkkv.CompressedKV
@@ -110,12 +111,13 @@ class PrefillRunner:
                 raise _StoppedError
 
         model = self._loaded.model
+        input_ids = torch.tensor([token_ids], device=self._loaded.device)
         started = time.perf_counter()
         check()
         with library_errors():
             prefilled = chunkkv.run_prefill(
                 model,
-                torch.tensor([token_ids], device=self._loaded.device),
+                input_ids,
                 window_size=policy.window_size,
                 past=past,
                 prefill_chunk_tokens=self._chunk_tokens,
@@ -123,6 +125,8 @@ class PrefillRunner:
                 before_chunk=check,
             )
             computed = time.perf_counter()
+            if policy.scorer == "reconstruction":
+                prefilled = chunkkv.reconstruct(model, prefilled, input_ids, before_chunk=check)
             kv = chunkkv.compress(prefilled, policy)[0].to("cpu")
         ended = time.perf_counter()
         return RunResult(kv, (computed - started) * 1000, (ended - computed) * 1000)

@@ -1,10 +1,10 @@
-"""Needles: whole chunks against single tokens, question at the end, 30 % kept.
+"""Needles: whole chunks against single tokens, scorers with and without the question, 30 % kept.
 
     python -m tests.benchmarks.bench_needle [--samples 20] [--model PATH] [--json FILE]
 
 Each sample is about 1,200 tokens of English with one seven-digit number in it. It is prefilled
-once; every method compresses that same cache and answers greedily. Exit code 1 if chunks do not
-find more numbers than tokens.
+once with its question and once without; every method compresses one of these caches and answers
+greedily. Exit code 1 if chunks do not find more numbers than tokens.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chunkkv
 from chunkkv.evaluation.haystack import Haystack, graded, haystack
+from chunkkv.policy import Scorer
 from services.local.model import ensure_demo_model
 
 NUM_TOKENS = 1150  # of the document; question and template bring it to about 1,200
@@ -45,20 +46,62 @@ def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
     }
 
 
+def methods_without_question(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
+    """Return what is compared where the question comes after the compression."""
+    return {
+        f"unseen question: {scorer}, {scope}": chunkkv.CompressionPolicy(
+            keep_ratio=keep_ratio, scorer=scorer, scope=scope
+        )
+        for scorer in get_args(Scorer)
+        for scope in ("layer", "global")
+    }
+
+
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, sample: Haystack, policies: dict[str, chunkkv.CompressionPolicy]
+    model: Any,
+    tokenizer: Any,
+    sample: Haystack,
+    seeing: dict[str, chunkkv.CompressionPolicy],
+    unseeing: dict[str, chunkkv.CompressionPolicy],
 ) -> dict[str, str]:
-    """Return each method's answer to the sample's question, from one prefill."""
-    content = f"{sample.text}\n\n{sample.needles[0].question}"
-    ids = tokenizer.apply_chat_template(
+    """Return each method's answer to the sample's question, from one prefill for each kind."""
+    text, question = f"{sample.text}\n\n", sample.needles[0].question
+    ids = _prompt(tokenizer, text + question)
+    window = max(policy.window_size for policy in (*seeing.values(), *unseeing.values()))
+    prefilled = chunkkv.run_prefill(model, ids[:, :-1], window_size=window)
+    seen = _generated(model, tokenizer, ids, prefilled, seeing)
+
+    before = ids[:, : num_common(ids[0].tolist(), _prompt(tokenizer, text)[0].tolist())]
+    prefilled = chunkkv.run_prefill(model, before, window_size=window)
+    prefilled = chunkkv.reconstruct(model, prefilled, before)
+    return seen | _generated(model, tokenizer, ids, prefilled, unseeing)
+
+
+def num_common(one: list[int], other: list[int]) -> int:
+    """Return how many leading tokens are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _prompt(tokenizer: Any, content: str) -> torch.Tensor:
+    """Return token ids ``(1, tokens)``."""
+    ids: torch.Tensor = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )["input_ids"]
-    window = max(policy.window_size for policy in policies.values())
-    prefilled = chunkkv.run_prefill(model, ids[:, :-1], window_size=window)
+    return ids
+
+
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    prefilled: chunkkv.Prefilled,
+    policies: dict[str, chunkkv.CompressionPolicy],
+) -> dict[str, str]:
     kept = [chunkkv.compress(prefilled, policy) for policy in policies.values()]
     # All methods answer as one batch: a decoding step reads the weights once for all of them.
     inputs = chunkkv.generation_inputs(model, kept, [ids[0]] * len(kept))
@@ -79,11 +122,12 @@ def main() -> int:
     path = options.model or str(ensure_demo_model())
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    policies = methods(options.keep_ratio)
-    grades: dict[str, list[float]] = {name: [] for name in policies}
+    seeing = methods(options.keep_ratio)
+    unseeing = methods_without_question(options.keep_ratio)
+    grades: dict[str, list[float]] = {name: [] for name in (*seeing, *unseeing)}
     for seed in range(options.samples):
         sample = haystack(tokenizer, num_tokens=NUM_TOKENS, seed=seed)
-        for name, answer in answers(model, tokenizer, sample, policies).items():
+        for name, answer in answers(model, tokenizer, sample, seeing, unseeing).items():
             grades[name].append(graded(sample.needles[0].answer, answer))
         print(f"\r{seed + 1} of {options.samples}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -97,9 +141,9 @@ def main() -> int:
         f"{options.keep_ratio:.0%} kept, {os.path.basename(path)}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads"
     )
-    print(f"{'':38}{'exact':>7}{'digits':>8}")
+    print(f"{'':44}{'exact':>7}{'digits':>8}")
     for name, result in results.items():
-        print(f"{name:38}{result['exact']:7d}{result['graded']:8.2f}")
+        print(f"{name:44}{result['exact']:7d}{result['graded']:8.2f}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
     chunks, tokens = results["chunk 20, layer (ChunkKV)"], results["token, head (SnapKV)"]

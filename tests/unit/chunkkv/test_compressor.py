@@ -267,7 +267,7 @@ def test_cache_whose_queries_were_not_seen_is_refused():
         run_prefill(tiny_model(), prompts(60)[0], window_size=8), probe=QueryProbe(8)
     )
 
-    with pytest.raises(InvalidInputError, match=r"no queries of layers \[0, 1, 2, 3\]"):
+    with pytest.raises(InvalidInputError, match="no queries of layer 0"):
         compress(prefilled, CompressionPolicy(window_size=8))
 
 

@@ -170,6 +170,8 @@ def test_different_choices_have_different_canonical_names():
         {"keep_ratio": 1.0},
         {"max_kept_tokens": 1},
         {"max_kept_tokens": 30},
+        {"scorer": "reconstruction"},
+        {"scorer": "key_diff"},
         {"unit": "token"},
         {"chunk_size": 10},
         {"scope": "head"},
