@@ -16,7 +16,18 @@ _SCOPES: Final[dict[int, str]] = {
     types_pb2.SCOPE_GROUP: "group",
     types_pb2.SCOPE_GLOBAL: "global",
 }
-_ENUMS: Final[dict[str, dict[int, str]]] = {"scorer": _SCORERS, "unit": _UNITS, "scope": _SCOPES}
+_PRECISIONS: Final[dict[int, str]] = {
+    types_pb2.PRECISION_NATIVE: "native",
+    types_pb2.PRECISION_FP8: "fp8",
+    types_pb2.PRECISION_INT8: "int8",
+    types_pb2.PRECISION_INT4: "int4",
+}
+_ENUMS: Final[dict[str, dict[int, str]]] = {
+    "scorer": _SCORERS,
+    "unit": _UNITS,
+    "scope": _SCOPES,
+    "precision": _PRECISIONS,
+}
 _INTEGERS: Final = ("chunk_size", "window_size", "sink_tokens", "reuse_interval")
 
 

@@ -180,6 +180,7 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     _check_enum(policy.scorer, types_pb2.Scorer, "compression.scorer")
     _check_enum(policy.unit, types_pb2.Unit, "compression.unit")
     _check_enum(policy.scope, types_pb2.Scope, "compression.scope")
+    _check_enum(policy.precision, types_pb2.Precision, "compression.precision")
 
 
 def _check_enum(value: int, enum: EnumTypeWrapper, path: str) -> None:
