@@ -6,7 +6,7 @@ Source: https://arxiv.org/abs/2502.00299.
 from chunkkv.attention import QueryProbe, make_observable, observable
 from chunkkv.cache import KVCache
 from chunkkv.codec import EncodedKV, Header, decode, encode, read_header
-from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
+from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape, size_bytes
 from chunkkv.compressor import Prefilled, compress
 from chunkkv.errors import (
     ChunkKVError,
@@ -17,8 +17,9 @@ from chunkkv.errors import (
     MismatchError,
 )
 from chunkkv.fingerprint import model_fingerprint
-from chunkkv.policy import CompressionPolicy
+from chunkkv.policy import CompressionPolicy, Precision
 from chunkkv.prefill import generation_inputs, prefill, run_prefill
+from chunkkv.recompress import is_prunable, recompress
 from chunkkv.scoring import window_scores
 from chunkkv.selection import Selection, select, select_positions
 
@@ -36,6 +37,7 @@ __all__ = [
     "LayerKV",
     "LayerShape",
     "MismatchError",
+    "Precision",
     "Prefilled",
     "QueryProbe",
     "Selection",
@@ -44,13 +46,16 @@ __all__ = [
     "decode",
     "encode",
     "generation_inputs",
+    "is_prunable",
     "make_observable",
     "model_fingerprint",
     "observable",
     "prefill",
     "read_header",
+    "recompress",
     "run_prefill",
     "select",
     "select_positions",
+    "size_bytes",
     "window_scores",
 ]
