@@ -30,7 +30,7 @@ class CompressionSettings(ServiceSettings):
         pressure_interval_s: Seconds between two looks at the stored bytes.
     """
 
-    listen: str = "127.0.0.1:50053"
+    listen: str = "127.0.0.1:50054"
     advertise_host: str = "127.0.0.1"
     lease_ttl_s: float = Field(default=15, gt=0, allow_inf_nan=False)
     max_concurrent_requests: int = Field(default=4, ge=1)
