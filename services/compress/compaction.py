@@ -85,6 +85,16 @@ class Compacted:
     after: Sequence[session_pb2.Segment]
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One session, as it was read, and what is to be done to it."""
+
+    manifest: manifest_pb2.Manifest
+    target: Target
+    ttl_s: float
+    by_pressure: bool
+
+
 class Compactor:
     """Compacts sessions.
 
@@ -115,50 +125,33 @@ class Compactor:
         async with turn_lease(self._store, tenant, session_id, ttl_s=self._lease_ttl_s):
             stored = await self._store.get_manifest(tenant, session_id)
             manifest = manifest_pb2.Manifest.FromString(stored.body)
+            job = _Job(manifest, target, ttl_s=stored.expires_in_s, by_pressure=by_pressure)
             before = list(manifest.segments)
-            after = await asyncio.to_thread(
-                self._compacted, manifest, target, stored.expires_in_s, by_pressure
-            )
+            after = await asyncio.to_thread(self._run, job)
             if after == before:
                 return Compacted(stored.version, before, before)
             del manifest.segments[:]
             manifest.segments.extend(after)
-            version = await self._commit(
-                manifest, before, expected_version=stored.version, ttl_s=stored.expires_in_s
+            manifest.version = stored.version + 1
+            # Segments that are named no more expire.
+            version = await self._store.commit_manifest(
+                tenant,
+                session_id,
+                manifest.SerializeToString(),
+                expected_version=stored.version,
+                ttl_s=stored.expires_in_s,
+                segment_ids=[segment.segment_id for segment in after],
             )
         _count(before, after, by="pressure" if by_pressure else "request")
         return Compacted(version, before, after)
 
-    async def _commit(
-        self,
-        manifest: manifest_pb2.Manifest,
-        before: Sequence[session_pb2.Segment],
-        *,
-        expected_version: int,
-        ttl_s: float,
-    ) -> int:
-        """Commit the manifest. Segments of ``before`` that it does not name any more expire."""
-        manifest.version = expected_version + 1
-        return await self._store.commit_manifest(
-            manifest.tenant,
-            manifest.session_id,
-            manifest.SerializeToString(),
-            expected_version=expected_version,
-            ttl_s=ttl_s,
-            segment_ids=[segment.segment_id for segment in manifest.segments],
-        )
-
-    def _compacted(
-        self, manifest: manifest_pb2.Manifest, target: Target, ttl_s: float, by_pressure: bool
-    ) -> list[session_pb2.Segment]:
+    def _run(self, job: _Job) -> list[session_pb2.Segment]:
         """Store the smaller segments and return the manifest's entries for them. Blocks."""
-        segments = list(manifest.segments)
+        segments = list(job.manifest.segments)
         shapes = [self._shape(segment.segment_id) for segment in segments]
-        budgets = _budgets(shapes, target, num_tokens=covered_tokens(manifest))
+        budgets = _budgets(shapes, job.target, num_tokens=covered_tokens(job.manifest))
         return [
-            self._smaller(
-                manifest.model_fingerprint, segment, shape, budget, target, ttl_s, by_pressure
-            )
+            self._smaller(job, segment, shape, budget)
             for segment, shape, budget in zip(segments, shapes, budgets, strict=True)
         ]
 
@@ -171,24 +164,21 @@ class Compactor:
 
     def _smaller(
         self,
-        fingerprint: str,
+        job: _Job,
         segment: session_pb2.Segment,
         shape: chunkkv.SpanShape,
         budget: int | None,
-        target: Target,
-        ttl_s: float,
-        by_pressure: bool,
     ) -> session_pb2.Segment:
         """Return the entry of what a segment becomes; the segment itself if nothing is gained."""
-        precision = target.precision
+        precision = job.target.precision
         if precision is None or _COARSENESS[precision] <= _COARSENESS[shape.precision]:
             precision = None
         if budget is None and precision is None:
             return segment
         name = recompressed_id(segment.segment_id, max_kept_tokens=budget, precision=precision)
-        made = find_segment(self._store, name, ttl_s=ttl_s)
+        made = find_segment(self._store, name, ttl_s=job.ttl_s)
         if made is None:
-            made = self._store_smaller(fingerprint, segment, name, budget, precision, ttl_s)
+            made = self._store_smaller(job, segment, name, budget, precision)
         if budget is None and made.size_bytes >= segment.size_bytes:
             return segment  # too short for its scales to pay; what was stored expires
         described = session_pb2.Segment()
@@ -197,22 +187,22 @@ class Compactor:
         described.num_kept_tokens = made.num_kept_tokens
         described.size_bytes = made.size_bytes
         described.kv_bytes = made.kv_bytes
-        _note(described, segment, budget, precision or shape.precision, by_pressure)
+        _note(described, segment, budget, precision or shape.precision, job.by_pressure)
         return described
 
     def _store_smaller(
         self,
-        fingerprint: str,
+        job: _Job,
         segment: session_pb2.Segment,
         name: str,
         budget: int | None,
         precision: chunkkv.Precision | None,
-        ttl_s: float,
     ) -> session_pb2.Segment:
+        fingerprint = job.manifest.model_fingerprint
         fetched = fetched_segments(self._store, [segment], fingerprint=fingerprint, pool=self._pool)
         with fetched as spans, library_errors():
             smaller = chunkkv.recompress(spans.kv[0], max_kept_tokens=budget, precision=precision)
-            return put_encoded(self._store, encode_as(smaller, name), ttl_s=ttl_s)
+            return put_encoded(self._store, encode_as(smaller, name), ttl_s=job.ttl_s)
 
 
 def recompressed_id(

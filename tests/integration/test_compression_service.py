@@ -261,3 +261,17 @@ async def test_mark_that_ends_above_where_it_begins_stops_the_process():
 
     assert process.returncode == 1
     assert re.search(r"PRESSURE_LOW_BYTES=11 must be less than", errors.decode())
+
+
+async def test_prompts_are_stored_in_the_precision_of_the_session(cluster: FakeCluster):
+    policy = types_pb2.CompressionPolicy(precision=types_pb2.PRECISION_INT4)
+    policy.MergeFrom(HALF)
+    async with tiny_workers(cluster):
+        await cluster.create_session(session_id="s-1", model="tiny", compression=policy)
+        await turn(cluster, PROMPT)
+        await turn(cluster, PROMPT[:40])
+
+    segments = (await read_session(cluster.store, "s-1")).segments
+    prompts = [segment for segment in segments if segment.kv_bytes]
+    assert [segment.num_tokens for segment in prompts] == [119, 40]
+    assert all(segment.kv_bytes > 2 * segment.size_bytes for segment in prompts)
