@@ -35,7 +35,7 @@ SHRINK: Final = 0.7
 # One of several compression processes relieves a store at a time: who holds this lease. No
 # tenant's name is empty, so it is no session's.
 _LEASE: Final = ("", "pressure")
-_PAGE_SIZE: Final = 1000
+_PAGE_SIZE: Final = 64
 _READS_AT_ONCE: Final = 16
 
 _STORED: Final = prometheus_client.Gauge(

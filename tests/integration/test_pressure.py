@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, cast
 
 from prometheus_client import REGISTRY
 
@@ -13,6 +13,7 @@ from services.compress.pressure import Marks, PressurePolicy, StoredBytes
 from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.tasks import end_task
 from services.store import Store
+from services.store.base import StoredManifest
 from tests.stored_sessions import HALF, WHOLE, open_spans, read_session, store_session
 
 OFF = Marks(0, 0)
@@ -258,6 +259,38 @@ async def test_outage_of_the_store_is_survived(store: Store):
 
     assert compactor.failed
     assert await sizes(store, "s-1") != [size]
+
+
+class VanishingStore:
+    """Sessions expire in the moment in which they are reached for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def get_manifest(self, tenant: str, session_id: str) -> StoredManifest:
+        if session_id == "s-listed":
+            raise NotFoundError("gone")
+        return await self._store.get_manifest(tenant, session_id)
+
+    async def delete_manifest(self, tenant: str, session_id: str) -> None:
+        await self._store.delete_manifest(tenant, session_id)
+        raise NotFoundError("gone")
+
+
+async def test_session_that_expires_meanwhile_is_no_error(store: Store):
+    for number, name in enumerate(("s-listed", "s-evicted", "s-left")):
+        await store_session(store, name, [(8, WHOLE)], seed=number, updated_s=1000 + number)
+    evicted = metric("chunkserve_evicted_sessions_total", tenant="default")
+    relief = policy(cast(Store, VanishingStore(store)), 1, 2500)
+
+    assert await relief.relieve()
+
+    assert not await exists(store, "s-evicted")
+    assert await exists(store, "s-left")
+    assert metric("chunkserve_evicted_sessions_total", tenant="default") == evicted
 
 
 def test_policy_without_marks_is_off(store: Store):
