@@ -6,7 +6,7 @@ Source: https://arxiv.org/abs/2502.00299.
 from chunkkv.attention import QueryProbe, make_observable, observable
 from chunkkv.cache import KVCache
 from chunkkv.codec import EncodedKV, Header, decode, encode, read_header
-from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
+from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape, size_bytes
 from chunkkv.compressor import compress
 from chunkkv.errors import (
     ChunkKVError,
@@ -17,9 +17,10 @@ from chunkkv.errors import (
     MismatchError,
 )
 from chunkkv.fingerprint import model_fingerprint
-from chunkkv.policy import CompressionPolicy
+from chunkkv.policy import CompressionPolicy, Precision
 from chunkkv.prefill import generation_inputs, prefill, run_prefill
 from chunkkv.prefilled import Prefilled
+from chunkkv.recompress import is_prunable, recompress
 from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
 from chunkkv.selection import Selection, select, select_positions
 
@@ -37,6 +38,7 @@ __all__ = [
     "LayerKV",
     "LayerShape",
     "MismatchError",
+    "Precision",
     "Prefilled",
     "QueryProbe",
     "Selection",
@@ -45,15 +47,18 @@ __all__ = [
     "decode",
     "encode",
     "generation_inputs",
+    "is_prunable",
     "key_diff_scores",
     "make_observable",
     "model_fingerprint",
     "observable",
     "prefill",
     "read_header",
+    "recompress",
     "reconstruct",
     "run_prefill",
     "select",
     "select_positions",
+    "size_bytes",
     "window_scores",
 ]

@@ -3,7 +3,8 @@
 The header names everything (format version, identity, model, policy, shapes) and carries a
 checksum of itself and of every part; the parts are the span's memory, cut. Decoding opens views
 into memory that the caller received the parts into: nothing is copied, nothing is unpickled, and
-nothing is used before its checksum matched.
+nothing is used before its checksum matched. Keys and values that are stored in fewer bits
+(``SpanShape.precision``) are made native again when the span is opened.
 
 Header: ``magic (4) | version (u16) | length of body (u32) | XXH3-64 of body (u64) | body (JSON)``,
 little-endian.
@@ -16,16 +17,20 @@ import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 import xxhash
 
 from chunkkv.compressed import CompressedKV, LayerShape, SpanShape, size_bytes
 from chunkkv.errors import CorruptError, FormatError, InvalidInputError, MismatchError
+from chunkkv.policy import Precision
+from chunkkv.quantization import dequantize, quantize, stored_size_bytes
 
 MAGIC: Final = b"CKV\x01"
-VERSION: Final = 1
+VERSION: Final = 2
+# Version 1 knew one precision, the model's own.
+READABLE_VERSIONS: Final = (1, 2)
 PART_BYTES: Final = 1 << 20
 
 _PREFIX: Final = struct.Struct("<4sHIQ")
@@ -72,6 +77,11 @@ class Header:
         """Bytes of all parts together."""
         return sum(self.part_sizes)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the span once it is opened; more than is stored unless it is stored native."""
+        return size_bytes(self.shape)
+
     def check_part(self, index: int, part: Buffer) -> None:
         """Check one part.
 
@@ -100,32 +110,47 @@ class Header:
                 f"not by {fingerprint}"
             )
 
-    def open(self, memory: bytearray | memoryview) -> CompressedKV:
+    def open(
+        self, memory: bytearray | memoryview, *, out: bytearray | memoryview | None = None
+    ) -> CompressedKV:
         """Return the span in memory that holds its parts, checked before, end to end.
 
         Args:
-            memory: Writable; at least ``size_bytes`` long. The span's tensors are views into it.
+            memory: Writable; at least ``size_bytes`` long. The tensors of a span that is stored
+                native are views into it.
+            out: Writable; at least ``kv_bytes`` long. Where the tensors of any other span go; new
+                memory if it is not given.
 
         Raises:
             InvalidInputError: The memory is too short.
         """
-        if len(memory) < self.size_bytes:
+        stored = self._flat(memory, self.size_bytes)
+        if self.shape.precision == "native":
+            return CompressedKV(self.shape, stored)
+        memory = bytearray(self.kv_bytes) if out is None else out
+        return dequantize(self.shape, stored, self._flat(memory, self.kv_bytes))
+
+    def _flat(self, memory: bytearray | memoryview, count: int) -> torch.Tensor:
+        if len(memory) < count:
             raise InvalidInputError(
-                f"memory has {len(memory)} bytes; {self.identity} takes {self.size_bytes}"
+                f"memory has {len(memory)} bytes; {self.identity} takes {count}"
             )
-        flat = torch.frombuffer(memory, dtype=torch.uint8, count=self.size_bytes)
-        return CompressedKV(self.shape, flat)
+        return torch.frombuffer(memory, dtype=torch.uint8, count=count)
 
 
 def encode(kv: CompressedKV, *, identity: str, part_bytes: int = PART_BYTES) -> EncodedKV:
     """Return header and parts of a span.
 
     Args:
-        kv: On any device; the parts view its memory if that is the CPU's.
+        kv: On any device; the parts view its memory if that is the CPU's and the span is stored
+            native.
         identity: Name of the object; a reader that asks for another one refuses it.
         part_bytes: Size of the parts; the last one may be shorter.
+
+    Raises:
+        InvalidInputError: Keys or values cannot be stored in this precision: they are not finite.
     """
-    flat = memoryview(kv.memory.cpu().numpy().data)
+    flat = memoryview(quantize(kv).numpy().data)
     parts = [flat[start : start + part_bytes] for start in range(0, len(flat), part_bytes)]
     body = json.dumps(
         {
@@ -152,8 +177,9 @@ def read_header(data: Buffer) -> Header:
     magic, version, length, checksum = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise FormatError(f"not a header of a KV object: it starts with {magic!r}, not {MAGIC!r}")
-    if version != VERSION:
-        raise FormatError(f"object of format version {version}; this library reads {VERSION}")
+    if version not in READABLE_VERSIONS:
+        versions = ", ".join(map(str, READABLE_VERSIONS))
+        raise FormatError(f"object of format version {version}; this library reads {versions}")
     body = memoryview(data)[_PREFIX.size :]
     if len(body) != length:
         raise CorruptError(f"header body has {len(body)} bytes; its prefix says {length}")
@@ -176,7 +202,7 @@ def decode(
 
     Args:
         header: As ``encode`` made it.
-        memory: Writable. The span's tensors are views into it.
+        memory: Writable. The tensors of a span that is stored native are views into it.
         identity: The object that was asked for, if any.
         fingerprint: The model that must have made it, if any.
 
@@ -211,7 +237,9 @@ def _header(data: bytes) -> Header:
             part_sizes=tuple(body["part_sizes"]),
             part_checksums=tuple(int(checksum, 16) for checksum in body["part_checksums"]),
         )
-        expected = size_bytes(header.shape)
+        if header.shape.precision not in get_args(Precision):
+            raise FormatError(f"keys and values are stored as {header.shape.precision!r}")
+        expected = stored_size_bytes(header.shape)
         fits = all(_has_positions(layer, index_lengths) for layer in layers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"header lacks or misnames a field: {error}") from error

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from chunkkv.errors import InvalidInputError, MismatchError
+from chunkkv.policy import Precision
 
 ALIGNMENT: Final = 64
 
@@ -55,6 +56,8 @@ class SpanShape:
         index_lengths: Entries of each index list. A list as long as the heads of its layer
             together holds their positions one head after another; else the heads share it.
         has_scores: Whether each position comes with a score.
+        precision: How keys and values are stored (``chunkkv.quantization``). In memory they are
+            of ``dtype``, whatever this says.
     """
 
     fingerprint: str
@@ -65,6 +68,7 @@ class SpanShape:
     layers: tuple[LayerShape, ...]
     index_lengths: tuple[int, ...]
     has_scores: bool
+    precision: Precision = "native"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -192,7 +196,7 @@ class CompressedKV:
 
 def size_bytes(shape: SpanShape) -> int:
     """Return the bytes of memory that a span takes."""
-    return _align(max((region.stop for region in _regions(shape)), default=0))
+    return align(max((region.stop for region in _regions(shape)), default=0))
 
 
 def _views(shape: SpanShape, memory: torch.Tensor) -> tuple[LayerKV, ...]:
@@ -226,22 +230,34 @@ def _views(shape: SpanShape, memory: torch.Tensor) -> tuple[LayerKV, ...]:
 
 def _regions(shape: SpanShape) -> Sequence[slice]:
     """Return where each tensor lies: index lists first, then keys and values layer by layer."""
-    sizes: list[int] = []
-    for length in shape.index_lengths:
-        sizes.append(length * POSITION_DTYPE.itemsize)
-        if shape.has_scores:
-            sizes.append(length * SCORE_DTYPE.itemsize)
+    sizes = []
     for layer in shape.layers:
         kept = sum(layer.lengths)
         sizes += [
             kept * dim * shape.torch_dtype.itemsize for dim in (layer.key_dim, layer.value_dim)
         ]
+    return aligned_regions([*index_sizes(shape), *sizes])
+
+
+def index_sizes(shape: SpanShape) -> list[int]:
+    """Return the bytes of each tensor before the keys and values: positions, scores."""
+    sizes = []
+    for length in shape.index_lengths:
+        sizes.append(length * POSITION_DTYPE.itemsize)
+        if shape.has_scores:
+            sizes.append(length * SCORE_DTYPE.itemsize)
+    return sizes
+
+
+def aligned_regions(sizes: Sequence[int]) -> list[slice]:
+    """Return where tensors of these sizes lie, each beginning at a multiple of ``ALIGNMENT``."""
     regions, start = [], 0
     for size in sizes:
         regions.append(slice(start, start + size))
-        start = _align(start + size)
+        start = align(start + size)
     return regions
 
 
-def _align(size: int) -> int:
+def align(size: int) -> int:
+    """Return the next multiple of ``ALIGNMENT``."""
     return math.ceil(size / ALIGNMENT) * ALIGNMENT

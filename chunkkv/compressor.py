@@ -102,6 +102,7 @@ def _shape(
         layers=tuple(layers),
         index_lengths=tuple(lists),
         has_scores=True,
+        precision=policy.precision,
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from chunkkv.errors import InvalidPolicyError
 
 Scorer = Literal["window", "reconstruction", "key_diff"]
 Unit = Literal["chunk", "token"]
 Scope = Literal["head", "layer", "group", "global"]
+Precision = Literal["native", "fp8", "int8", "int4"]
 
 DEFAULT_KEEP_RATIO: Final = 0.3
 
@@ -49,6 +50,8 @@ class CompressionPolicy:
             1.
         sink_tokens: Leading tokens that are kept, at least 0.
         reuse_interval: Layers that share one list with scope ``group``, at least 1.
+        precision: How kept keys and values are stored (``chunkkv.quantization``); ``native``: as
+            the model computed them.
 
     Raises:
         InvalidPolicyError: A value is out of range, or both budgets are given.
@@ -66,6 +69,7 @@ class CompressionPolicy:
     window_size: int = 16
     sink_tokens: int = 4
     reuse_interval: int = 2
+    precision: Precision = "native"
 
     def __post_init__(self) -> None:
         if self.keep_ratio is not None and self.max_kept_tokens is not None:
@@ -77,7 +81,7 @@ class CompressionPolicy:
                 f"keep_ratio is {self.keep_ratio}; give a fraction of at least "
                 f"1/{_MAX_DENOMINATOR} and at most 1"
             )
-        for name, allowed in (("scorer", Scorer), ("unit", Unit), ("scope", Scope)):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
                 raise InvalidPolicyError(
                     f"{name} is {getattr(self, name)!r}; give one of {', '.join(get_args(allowed))}"
@@ -107,7 +111,7 @@ class CompressionPolicy:
         """Return a string that names what this policy chooses.
 
         Equal for policies that keep the same tokens with the same scores of any prompt and model,
-        and for no others.
+        stored alike, and for no others.
         """
         budget = (
             f"max_kept_tokens={self.max_kept_tokens}"
@@ -117,12 +121,20 @@ class CompressionPolicy:
         scope: str = self.scope
         if scope == "group":
             scope = f"group/{self.reuse_interval}" if self.reuse_interval > 1 else "layer"
+        # Names that were given before there was a choice stay what they were.
+        precision = f" precision={self.precision}" if self.precision != "native" else ""
         return (
             f"{budget} scorer={self.scorer} unit={self.ranked_tokens} scope={scope} "
-            f"window={self.window_size} sink={self.sink_tokens}"
+            f"window={self.window_size} sink={self.sink_tokens}{precision}"
         )
 
 
+_CHOICES: Final[dict[str, Any]] = {
+    "scorer": Scorer,
+    "unit": Unit,
+    "scope": Scope,
+    "precision": Precision,
+}
 _LEAST: Final = {
     "max_kept_tokens": 1,
     "chunk_size": 1,

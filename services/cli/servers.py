@@ -20,6 +20,11 @@ def decode() -> None:
     run_service("decode")
 
 
+def compress() -> None:
+    """Run a compression worker: makes stored sessions smaller, on demand or if memory is short."""
+    run_service("compress")
+
+
 def run_service(name: str) -> None:
     """Run ``services.<name>.__main__.main()``."""
     load(f"services.{name}.__main__", extra="services").main()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import chunkkv
 from chunkserve.v1 import types_pb2
@@ -20,7 +21,18 @@ _SCOPES: Final[dict[int, str]] = {
     types_pb2.SCOPE_GROUP: "group",
     types_pb2.SCOPE_GLOBAL: "global",
 }
-_ENUMS: Final[dict[str, dict[int, str]]] = {"scorer": _SCORERS, "unit": _UNITS, "scope": _SCOPES}
+PRECISIONS: Final[dict[types_pb2.Precision, chunkkv.Precision]] = {
+    types_pb2.PRECISION_NATIVE: "native",
+    types_pb2.PRECISION_FP8: "fp8",
+    types_pb2.PRECISION_INT8: "int8",
+    types_pb2.PRECISION_INT4: "int4",
+}
+_ENUMS: Final[dict[str, Mapping[Any, str]]] = {
+    "scorer": _SCORERS,
+    "unit": _UNITS,
+    "scope": _SCOPES,
+    "precision": PRECISIONS,
+}
 _INTEGERS: Final = ("chunk_size", "window_size", "sink_tokens", "reuse_interval")
 
 
@@ -71,5 +83,5 @@ def to_wire(
     return message
 
 
-def _number(names: dict[int, str], value: str) -> int:
+def _number(names: Mapping[Any, str], value: str) -> Any:
     return next(number for number, name in names.items() if name == value)

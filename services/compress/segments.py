@@ -124,14 +124,24 @@ def store_segment(
 
 
 def encode_segment(kv: chunkkv.CompressedKV, manifest: manifest_pb2.Manifest) -> EncodedSegment:
-    """Name and encode a span that follows the manifest's last segment."""
+    """Name and encode a span that follows the manifest's last segment.
+
+    Raises:
+        InvalidRequestError: It cannot be stored in the precision that was asked for.
+    """
     name = segment_id(
         manifest,
         num_tokens=kv.num_tokens,
         policy=kv.shape.policy,
         fingerprint=kv.shape.fingerprint,
     )
-    encoded = chunkkv.encode(kv, identity=name)
+    return encode_as(kv, name)
+
+
+def encode_as(kv: chunkkv.CompressedKV, name: str) -> EncodedSegment:
+    """Encode a span under a name; see ``encode_segment``."""
+    with library_errors():
+        encoded = chunkkv.encode(kv, identity=name)
     return EncodedSegment(describe(name, kv.shape, encoded.size_bytes), encoded)
 
 
@@ -187,6 +197,7 @@ def describe(name: str, shape: chunkkv.SpanShape, size_bytes: int) -> session_pb
         num_tokens=shape.num_tokens,
         num_kept_tokens=shape.num_kept_tokens,
         size_bytes=size_bytes,
+        kv_bytes=0 if shape.precision == "native" else chunkkv.size_bytes(shape),
     )
 
 
@@ -209,26 +220,34 @@ def fetched_segments(
     """
     started = time.perf_counter()
     headers = [_header(store, segment.segment_id, fingerprint) for segment in segments]
-    with pool.lend(sum(header.size_bytes for header, _ in headers)) as memory:
+    with pool.lend(sum(header.kv_bytes for header, _ in headers)) as memory:
         spans, start = [], 0
         for header, _ in headers:
-            spans.append(_receive(store, header, memory[start : start + header.size_bytes]))
-            start += header.size_bytes
-        size_bytes = start + sum(length for _, length in headers)
+            spans.append(_receive(store, header, memory[start : start + header.kv_bytes], pool))
+            start += header.kv_bytes
+        size_bytes = sum(header.size_bytes + length for header, length in headers)
         yield FetchedSegments(spans, size_bytes, (time.perf_counter() - started) * 1000)
 
 
 def receive_segment(
-    store: SegmentStore, name: str, memory: memoryview, *, fingerprint: str
+    store: SegmentStore,
+    name: str,
+    memory: memoryview,
+    *,
+    fingerprint: str,
+    staging: ReceivePool,
 ) -> chunkkv.CompressedKV:
     """Fetch one segment into memory of the caller's; every byte is checked before it is used.
+
+    Keys and values arrive in the model's dtype, however they are stored.
 
     Args:
         store: Where it is.
         name: Its content address.
-        memory: Writable, at least as large as the manifest says that the segment is. The span is
-            views of its beginning.
+        memory: Writable, at least ``held_bytes`` of the manifest's entry long. The span is views
+            of its beginning.
         fingerprint: Of the model.
+        staging: Where a segment that is not stored native is received.
 
     Raises:
         NotFoundError: The segment, or a part of it, is not in the store any more.
@@ -236,12 +255,18 @@ def receive_segment(
         MismatchError: It is another model's, or of another format version.
     """
     header, _ = _header(store, name, fingerprint)
-    if header.size_bytes > len(memory):
+    if header.kv_bytes > len(memory):
         raise CorruptError(
-            f"segment {name} has {header.size_bytes} bytes, more than the {len(memory)} that its "
+            f"segment {name} has {header.kv_bytes} bytes, more than the {len(memory)} that its "
             "session names"
         )
-    return _receive(store, header, memory[: header.size_bytes])
+    return _receive(store, header, memory[: header.kv_bytes], staging)
+
+
+def held_bytes(segment: session_pb2.Segment) -> int:
+    """Return the bytes of memory that a segment takes at most where it is used."""
+    held: int = segment.kv_bytes or segment.size_bytes
+    return held
 
 
 def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.Header, int]:
@@ -254,11 +279,20 @@ def _header(store: SegmentStore, name: str, fingerprint: str) -> tuple[chunkkv.H
 
 
 def _receive(
-    store: SegmentStore, header: chunkkv.Header, memory: memoryview
+    store: SegmentStore, header: chunkkv.Header, memory: memoryview, staging: ReceivePool
 ) -> chunkkv.CompressedKV:
+    """Receive a segment into ``memory``, exactly ``header.kv_bytes`` of it."""
+    if header.shape.precision == "native":
+        _receive_parts(store, header, memory)
+        return header.open(memory)
+    with staging.lend(header.size_bytes) as staged:
+        _receive_parts(store, header, staged)
+        return header.open(staged, out=memory)
+
+
+def _receive_parts(store: SegmentStore, header: chunkkv.Header, memory: memoryview) -> None:
     """Receive a segment's parts; each is checked while it is still in the processor's cache."""
     with closing(store.fetch_parts(header.identity, header.part_sizes, memory)) as parts:
         for index, part in enumerate(parts):
             with library_errors():
                 header.check_part(index, part)
-    return header.open(memory)

@@ -50,7 +50,8 @@ class KVFetcher:
         self._memory = memory
         self._geometry = geometry
         self._fingerprint = fingerprint
-        self._staging = ReceivePool()  # for devices that no socket can write to
+        # For devices that no socket can write to, and segments that are not stored native.
+        self._staging = ReceivePool()
 
     async def open(self, manifest: manifest_pb2.Manifest, placement: Placement) -> OpenedKV:
         """Fetch what the placement misses, and return the conversation's KV.
@@ -85,14 +86,21 @@ class KVFetcher:
         pool: KVPool = self._memory.pool
         memory = pool.view(block, block.size_bytes)
         if memory.device.type == "cpu":
-            return receive_segment(
-                self._store, segment_id, memory.numpy().data, fingerprint=self._fingerprint
-            )
+            return self._receive_into(segment_id, memory.numpy().data)
         with self._staging.lend(block.size_bytes) as staged:
-            span = receive_segment(self._store, segment_id, staged, fingerprint=self._fingerprint)
+            span = self._receive_into(segment_id, staged)
             placed = memory[: span.size_bytes]
             placed.copy_(span.memory)
             return chunkkv.CompressedKV(span.shape, placed)
+
+    def _receive_into(self, segment_id: str, memory: memoryview) -> chunkkv.CompressedKV:
+        return receive_segment(
+            self._store,
+            segment_id,
+            memory,
+            fingerprint=self._fingerprint,
+            staging=self._staging,
+        )
 
     def _assemble(
         self,

@@ -18,6 +18,7 @@ from typing import Any
 
 import chunkkv
 from chunkserve.v1 import session_pb2
+from services.compress.segments import held_bytes
 from services.decode.geometry import KVGeometry
 from services.decode.limit import KVLimit
 from services.decode.memory import Block, KVPool, aligned
@@ -204,7 +205,7 @@ class KVMemory:
             block: Where it is.
             span: Views of the block.
         """
-        self.pool.shrink(block, segment.size_bytes)
+        self.pool.shrink(block, held_bytes(segment))
         name = segment.segment_id
         if name not in self._residents:  # else two fetched it at once; one copy is enough
             self._residents[name] = Resident(block, span, num_users=1)
@@ -247,7 +248,7 @@ class KVMemory:
 
     def _check_size(self, request: _Request) -> None:
         needed = aligned(request.tail_bytes)
-        needed += sum(aligned(segment.size_bytes) for segment in request.segments)
+        needed += sum(aligned(held_bytes(segment)) for segment in request.segments)
         if needed > self.pool.size_bytes:
             raise InvalidRequestError(
                 f"the conversation's KV and {request.new_tokens} new tokens take {needed} bytes; a "
@@ -278,7 +279,7 @@ class KVMemory:
 
     def _allocate(self, request: _Request, held: list[str]) -> Placement | None:
         missing = [segment for segment in request.segments if segment.segment_id not in held]
-        sizes = [*(segment.size_bytes for segment in missing), request.tail_bytes]
+        sizes = [*(held_bytes(segment) for segment in missing), request.tail_bytes]
         if sum(map(aligned, sizes)) > self.pool.free_bytes + self.resident_bytes:
             return None
         blocks: list[Block] = []

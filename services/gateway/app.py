@@ -50,7 +50,7 @@ class Gateway:
         )
         turns = TurnRunner(store, router, self._channels, failover_wait_s=settings.failover_wait_s)
         inference = InferenceServicer(settings, store, router, turns, self._admission)
-        sessions = SessionServicer(settings, store, router)
+        sessions = SessionServicer(settings, store, router, self._channels)
         self.server = GrpcServer(
             settings.listen,
             [

@@ -12,7 +12,13 @@ from contextlib import aclosing, contextmanager
 
 import grpc.aio
 
-from chunkserve.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
+from chunkserve.v1 import (
+    compression_pb2,
+    compression_pb2_grpc,
+    decode_pb2,
+    prefill_pb2,
+    prefill_pb2_grpc,
+)
 from services.gateway.feeds import TokenFeed
 from services.runtime.interceptors import request_id_metadata
 from services.runtime.server import open_channel
@@ -66,6 +72,23 @@ class WorkerChannels:
             stub = prefill_pb2_grpc.PrefillServiceStub(channel)
             try:
                 return await stub.Tokenize(
+                    request, timeout=timeout_s, metadata=request_id_metadata()
+                )
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from error
+
+    async def compress(
+        self,
+        worker: WorkerInfo,
+        request: compression_pb2.CompressRequest,
+        *,
+        timeout_s: float,
+    ) -> compression_pb2.CompressResponse:
+        """Call ``Compress``; raises what the worker raised, or ``UnavailableError``."""
+        with self._use(worker.address) as channel:
+            stub = compression_pb2_grpc.CompressionServiceStub(channel)
+            try:
+                return await stub.Compress(
                     request, timeout=timeout_s, metadata=request_id_metadata()
                 )
             except grpc.aio.AioRpcError as error:

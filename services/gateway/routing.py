@@ -23,10 +23,14 @@ from services.runtime.errors import (
 )
 from services.store.base import Registry, WorkerInfo
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "compression"]
 
 _RETRY_AFTER_S: Final = 1.0
-_NO_WORKER: Final = {"prefill": "NO_PREFILL_WORKER", "decode": "NO_DECODE_WORKER"}
+_NO_WORKER: Final = {
+    "prefill": "NO_PREFILL_WORKER",
+    "decode": "NO_DECODE_WORKER",
+    "compression": "NO_COMPRESSION_WORKER",
+}
 
 
 class Router:
@@ -79,7 +83,7 @@ class Router:
         """
         wanted = model or self._default_model
         living = await self._living(lambda worker: worker.model == wanted)
-        models = sorted({worker.model for worker in living})
+        models = sorted({worker.model for worker in living if worker.role != "compression"})
         if wanted in models:
             return wanted
         if not models or (wanted and wanted == self._default_model):
@@ -150,6 +154,21 @@ class Router:
         for worker in found:
             if worker.worker_id == last_worker and self._load(worker) < 1:
                 return worker
+        return self._less_loaded(found)
+
+    async def pick_compression(self) -> WorkerInfo:
+        """Return the compression worker for a request; they have no model.
+
+        Raises:
+            UnavailableError: None lives (``NO_COMPRESSION_WORKER``).
+        """
+
+        def fits(worker: WorkerInfo) -> bool:
+            return worker.role == "compression"
+
+        found = [worker for worker in await self._living(fits) if fits(worker)]
+        if not found:
+            raise _no_worker("compression", "")
         return self._less_loaded(found)
 
     async def models(self) -> Sequence[inference_pb2.Model]:

@@ -7,8 +7,9 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Final
 
-from chunkserve.v1 import session_pb2, session_pb2_grpc
+from chunkserve.v1 import compression_pb2, session_pb2, session_pb2_grpc
 from services.gateway import validation
+from services.gateway.channels import WorkerChannels
 from services.gateway.config import GatewaySettings
 from services.gateway.manifests import new_manifest, read_manifest, session_of
 from services.gateway.routing import Router
@@ -25,11 +26,14 @@ _READS_AT_ONCE: Final = 16
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     """Creates, shows, lists and deletes sessions of the gateway's tenant."""
 
-    def __init__(self, settings: GatewaySettings, store: Store, router: Router) -> None:
+    def __init__(
+        self, settings: GatewaySettings, store: Store, router: Router, channels: WorkerChannels
+    ) -> None:
         self._settings = settings
         self._tenant = settings.tenant
         self._store = store
         self._router = router
+        self._channels = channels
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, context: ServicerContext
@@ -104,7 +108,27 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     async def CompressSession(
         self, request: session_pb2.CompressSessionRequest, context: ServicerContext
     ) -> session_pb2.CompressSessionResponse:
-        raise NotImplementedError
+        validation.check_compress_session(request)
+        add_request_fields(session_id=request.session_id)
+        remaining_s = context.time_remaining()
+
+        worker = await self._router.pick_compression()
+        done = await self._channels.compress(
+            worker,
+            compression_pb2.CompressRequest(
+                tenant=self._tenant,
+                session_id=request.session_id,
+                compression=request.compression,
+            ),
+            timeout_s=self._settings.default_deadline_s if remaining_s is None else remaining_s,
+        )
+        manifest, stored = await read_manifest(self._store, self._tenant, request.session_id)
+
+        return session_pb2.CompressSessionResponse(
+            session=session_of(manifest, stored),
+            original_bytes=done.original_bytes,
+            original_kept_tokens=done.original_kept_tokens,
+        )
 
     async def ExportSession(
         self, request: session_pb2.ExportSessionRequest, context: ServicerContext

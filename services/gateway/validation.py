@@ -21,6 +21,9 @@ MAX_PAGE_SIZE: Final = 1000
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIASES: Final = 1024
 
+# What can be asked of a session that is stored already.
+_COMPRESS_AGAIN: Final = {"keep_ratio", "max_kept_tokens", "precision"}
+
 _SESSION_ID: Final = re.compile(r"[a-zA-Z0-9._-]{1,64}")
 _PRINTABLE: Final = re.compile(r"[\x20-\x7e]{0,128}")
 _MAX_SHOWN: Final = 40
@@ -57,6 +60,26 @@ def check_create_session(request: session_pb2.CreateSessionRequest, *, max_ttl_s
 def check_session_id(session_id: str) -> None:
     """Raise unless it is a session id; an empty one is none."""
     _check_session_id(session_id)
+
+
+def check_compress_session(request: session_pb2.CompressSessionRequest) -> None:
+    """Raise unless it names a session, a budget or a precision in range, and nothing else."""
+    _check_session_id(request.session_id)
+    _check_compression(request.compression)
+    named = {field.name for field, _ in request.compression.ListFields()}
+    _require(
+        bool(named & _COMPRESS_AGAIN),
+        "compression",
+        "without a budget and a precision",
+        f"at least one of {', '.join(sorted(_COMPRESS_AGAIN))}",
+    )
+    for name in sorted(named - _COMPRESS_AGAIN):
+        _require(
+            False,
+            f"compression.{name}",
+            "set",
+            "it to Generate: what is stored was scored already",
+        )
 
 
 def check_list_sessions(request: session_pb2.ListSessionsRequest) -> None:
@@ -180,6 +203,7 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     _check_enum(policy.scorer, types_pb2.Scorer, "compression.scorer")
     _check_enum(policy.unit, types_pb2.Unit, "compression.unit")
     _check_enum(policy.scope, types_pb2.Scope, "compression.scope")
+    _check_enum(policy.precision, types_pb2.Precision, "compression.precision")
 
 
 def _check_enum(value: int, enum: EnumTypeWrapper, path: str) -> None:

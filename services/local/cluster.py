@@ -57,7 +57,7 @@ class ClusterOptions:
 
 
 class LocalCluster:
-    """Store, prefill worker, decode workers and gateway on this machine. A context manager.
+    """Store, workers and gateway on this machine. A context manager.
 
     Start it from the main thread. Whatever ends the block, nothing is left running.
     """
@@ -114,9 +114,10 @@ class LocalCluster:
             )
             self._store.start()
             self.redis_url = self._store.url
-        self.say("starting prefill, decode (Ray) and gateway")
+        self.say("starting prefill, decode (Ray), compression and gateway")
         self._start("prefill", CHUNKSERVE_LISTEN="127.0.0.1:0")
         self._start("decode", CHUNKSERVE_DECODE_REPLICAS=str(options.num_decode_workers))
+        self._start("compress", CHUNKSERVE_LISTEN="127.0.0.1:0")
         self._start("gateway", CHUNKSERVE_LISTEN=self.address)
         asyncio.run(self._wait_until_ready())
 
@@ -152,7 +153,7 @@ class LocalCluster:
     async def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._options.start_timeout_s
         store = open_store(self.redis_url)
-        wanted = {"prefill": 1, "decode": self._options.num_decode_workers}
+        wanted = {"prefill": 1, "decode": self._options.num_decode_workers, "compression": 1}
         seen: dict[str, int] = {}
         try:
             while True:

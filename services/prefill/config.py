@@ -34,6 +34,7 @@ class PrefillSettings(ServiceSettings):
         chunk_size: Default policy: tokens in a chunk.
         window_size: Default policy: observation window.
         sink_tokens: Default policy: leading tokens that are always kept.
+        precision: Default policy: how kept keys and values are stored.
     """
 
     listen: str = "127.0.0.1:50052"
@@ -53,6 +54,7 @@ class PrefillSettings(ServiceSettings):
     chunk_size: int = Field(default=20, ge=1)
     window_size: int = Field(default=16, ge=1)
     sink_tokens: int = Field(default=4, ge=0)
+    precision: Literal["native", "fp8", "int8", "int4"] = "native"
 
     @property
     def default_policy(self) -> chunkkv.CompressionPolicy:
@@ -63,4 +65,5 @@ class PrefillSettings(ServiceSettings):
             chunk_size=self.chunk_size,
             window_size=self.window_size,
             sink_tokens=self.sink_tokens,
+            precision=self.precision,
         )

@@ -48,7 +48,7 @@ class WorkerInfo:
 
     Attributes:
         worker_id: Unique among all workers that ever lived.
-        role: ``prefill`` or ``decode``.
+        role: ``prefill``, ``decode`` or ``compression`` (which has no model).
         address: ``host:port`` of its gRPC server.
         model: Name of its model.
         fingerprint: Identity of its model's weights.

@@ -37,6 +37,9 @@ def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
     return {
         "full cache": chunkkv.CompressionPolicy(keep_ratio=1.0),
         "chunk 20, layer (ChunkKV)": policy(),
+        "chunk 20, layer, fp8": policy(precision="fp8"),
+        "chunk 20, layer, int8": policy(precision="int8"),
+        "chunk 20, layer, int4": policy(precision="int4"),
         "chunk 10, layer (ChunkKV, paper)": policy(chunk_size=10, sink_tokens=0),
         "chunk 20, head": policy(scope="head"),
         "chunk 20, group of 2 (index reuse)": policy(scope="group"),
@@ -102,12 +105,21 @@ def _generated(
     prefilled: chunkkv.Prefilled,
     policies: dict[str, chunkkv.CompressionPolicy],
 ) -> dict[str, str]:
-    kept = [chunkkv.compress(prefilled, policy) for policy in policies.values()]
+    kept = [
+        [stored_and_opened(kv) for kv in chunkkv.compress(prefilled, policy)]
+        for policy in policies.values()
+    ]
     # All methods answer as one batch: a decoding step reads the weights once for all of them.
     inputs = chunkkv.generation_inputs(model, kept, [ids[0]] * len(kept))
     out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
     return dict(zip(policies, texts, strict=True))
+
+
+def stored_and_opened(kv: chunkkv.CompressedKV) -> chunkkv.CompressedKV:
+    """Return a span as a worker gets it from the store."""
+    encoded = chunkkv.encode(kv, identity="needle")
+    return chunkkv.decode(encoded.header, bytearray(b"".join(encoded.parts)))
 
 
 def main() -> int:

@@ -63,7 +63,7 @@ def test_command_line_works_without_the_rest(environment: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["gateway", "prefill", "decode"])
+@pytest.mark.parametrize("command", ["gateway", "prefill", "decode", "compress"])
 def test_service_says_what_to_install(environment: Path, tmp_path: Path, command: str):
     done = run(environment, "chunkserve", command, cwd=tmp_path)
 

@@ -22,21 +22,20 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from chunkserve.v1 import session_pb2 as chunkserve_dot_v1_dot_session__pb2
 from chunkserve.v1 import types_pb2 as chunkserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63hunkserve/v1/compression.proto\x12\rchunkserve.v1\x1a\x1b\x63hunkserve/v1/session.proto\x1a\x19\x63hunkserve/v1/types.proto\"l\n\x0f\x43ompressRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x35\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\"q\n\x10\x43ompressResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.chunkserve.v1.Session\x12\x16\n\x0eoriginal_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14original_kept_tokens\x18\x03 \x01(\x05\x32\x61\n\x12\x43ompressionService\x12K\n\x08\x43ompress\x12\x1e.chunkserve.v1.CompressRequest\x1a\x1f.chunkserve.v1.CompressResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63hunkserve/v1/compression.proto\x12\rchunkserve.v1\x1a\x19\x63hunkserve/v1/types.proto\"l\n\x0f\x43ompressRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x35\n\x0b\x63ompression\x18\x03 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\"a\n\x10\x43ompressResponse\x12\x17\n\x0fsession_version\x18\x01 \x01(\x03\x12\x16\n\x0eoriginal_bytes\x18\x02 \x01(\x03\x12\x1c\n\x14original_kept_tokens\x18\x03 \x01(\x05\x32\x61\n\x12\x43ompressionService\x12K\n\x08\x43ompress\x12\x1e.chunkserve.v1.CompressRequest\x1a\x1f.chunkserve.v1.CompressResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chunkserve.v1.compression_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPRESSREQUEST']._serialized_start=106
-  _globals['_COMPRESSREQUEST']._serialized_end=214
-  _globals['_COMPRESSRESPONSE']._serialized_start=216
-  _globals['_COMPRESSRESPONSE']._serialized_end=329
-  _globals['_COMPRESSIONSERVICE']._serialized_start=331
-  _globals['_COMPRESSIONSERVICE']._serialized_end=428
+  _globals['_COMPRESSREQUEST']._serialized_start=77
+  _globals['_COMPRESSREQUEST']._serialized_end=185
+  _globals['_COMPRESSRESPONSE']._serialized_start=187
+  _globals['_COMPRESSRESPONSE']._serialized_end=284
+  _globals['_COMPRESSIONSERVICE']._serialized_start=286
+  _globals['_COMPRESSIONSERVICE']._serialized_end=383
 # @@protoc_insertion_point(module_scope)

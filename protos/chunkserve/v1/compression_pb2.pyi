@@ -1,4 +1,3 @@
-from chunkserve.v1 import session_pb2 as _session_pb2
 from chunkserve.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -18,11 +17,11 @@ class CompressRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., session_id: _Optional[str] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ...) -> None: ...
 
 class CompressResponse(_message.Message):
-    __slots__ = ("session", "original_bytes", "original_kept_tokens")
-    SESSION_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("session_version", "original_bytes", "original_kept_tokens")
+    SESSION_VERSION_FIELD_NUMBER: _ClassVar[int]
     ORIGINAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     ORIGINAL_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    session: _session_pb2.Session
+    session_version: int
     original_bytes: int
     original_kept_tokens: int
-    def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., original_bytes: _Optional[int] = ..., original_kept_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, session_version: _Optional[int] = ..., original_bytes: _Optional[int] = ..., original_kept_tokens: _Optional[int] = ...) -> None: ...

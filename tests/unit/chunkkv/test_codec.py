@@ -287,9 +287,9 @@ def test_foreign_magic_is_refused(small: EncodedKV, magic: bytes):
 
 
 def test_other_format_version_is_refused_by_its_number(small: EncodedKV):
-    for version in (0, 2, 255, 65535):
+    for version in (0, 3, 255, 65535):
         header = small.header[:4] + struct.pack("<H", version) + small.header[6:]
-        with pytest.raises(FormatError, match=f"version {version}; this library reads 1"):
+        with pytest.raises(FormatError, match=f"version {version}; this library reads 1, 2"):
             read_header(header)
 
 
@@ -323,6 +323,8 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "index list that is not there": lambda body: body["shape"]["layers"][1].update(index_list=7),
     "index list of another layer": lambda body: body["shape"]["layers"][1].update(index_list=0),
     "index list below zero": lambda body: body["shape"]["layers"][3].update(index_list=-1),
+    "unknown precision": lambda body: body["shape"].update(precision="int2"),
+    "precision that takes fewer bytes": lambda body: body["shape"].update(precision="int4"),
     "another size of parts": lambda body: body["part_sizes"].append(1),
 }
 
@@ -333,6 +335,16 @@ def test_header_that_was_written_wrong_is_refused(
 ):
     with pytest.raises(FormatError):
         read_header(resigned(small.header, change))
+
+
+def test_object_of_the_first_version_is_read(small: EncodedKV):
+    header = resigned(small.header, lambda body: body["shape"].pop("precision"))
+    header = header[:4] + struct.pack("<H", 1) + header[6:]
+
+    found = decode(header, joined(small), identity="object-1")
+
+    assert found.shape == RAGGED
+    assert bytes(found.memory.numpy()) == bytes(joined(small))
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"3", b"\xff\xfe"])

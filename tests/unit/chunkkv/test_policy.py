@@ -163,6 +163,13 @@ def test_equal_choices_have_one_canonical_name(one: dict[str, Any], other: dict[
     assert CompressionPolicy(**one).canonical() == CompressionPolicy(**other).canonical()
 
 
+def test_precision_is_named_only_if_it_is_not_native():
+    native, small = CompressionPolicy(), CompressionPolicy(precision="int8")
+
+    assert native.canonical() == CompressionPolicy(precision="native").canonical()
+    assert small.canonical() == f"{native.canonical()} precision=int8"
+
+
 def test_different_choices_have_different_canonical_names():
     choices: list[dict[str, Any]] = [
         {},

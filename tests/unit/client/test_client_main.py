@@ -34,7 +34,7 @@ def test_missing_client_package_names_the_extra(package: str):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["gateway", "prefill", "decode"])
+@pytest.mark.parametrize("command", ["gateway", "prefill", "decode", "compress"])
 def test_missing_service_package_names_the_extra(command: str):
     done = run(command, before=absent("pydantic_settings"))
 
@@ -44,7 +44,7 @@ def test_missing_service_package_names_the_extra(command: str):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["gateway", "prefill", "decode"])
+@pytest.mark.parametrize("command", ["gateway", "prefill", "decode", "compress"])
 def test_command_runs_its_service(command: str):
     service = f"services.{command}.__main__"
     before = (

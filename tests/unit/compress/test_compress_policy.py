@@ -33,6 +33,7 @@ policies = st.builds(
     scorer=st.sampled_from(["window", "reconstruction", "key_diff"]),
     unit=st.sampled_from(["chunk", "token"]),
     scope=st.sampled_from(["head", "layer", "group", "global"]),
+    precision=st.sampled_from(["native", "fp8", "int8", "int4"]),
     chunk_size=st.integers(1, INT32_MAX),
     window_size=st.integers(1, INT32_MAX),
     sink_tokens=st.integers(0, INT32_MAX),
@@ -54,7 +55,7 @@ def test_every_field_is_written():
     written = {field.name for field, _ in to_wire(DEFAULT).ListFields()}
 
     known = {field.name for field in types_pb2.CompressionPolicy.DESCRIPTOR.fields}
-    assert written == known - {"max_kept_tokens", "max_kv_tokens"}
+    assert written == known - {"max_kept_tokens", "max_kv_tokens", "prefix_scorer"}
     assert to_wire(DEFAULT, max_kv_tokens=900).max_kv_tokens == 900
 
 

@@ -16,9 +16,12 @@ from services.compress.memory import ReceivePool
 from services.compress.segments import (
     covered_tokens,
     describe,
+    encode_segment,
     fetched_segments,
     find_segment,
+    held_bytes,
     library_errors,
+    receive_segment,
     segment_id,
     store_segment,
 )
@@ -48,7 +51,12 @@ def name_of(manifest: Any, **changes: Any) -> str:
 
 
 def span(
-    *, first_token: int = 0, num_tokens: int = 20, head_dim: int = 8, fingerprint: str = MODEL
+    *,
+    first_token: int = 0,
+    num_tokens: int = 20,
+    head_dim: int = 8,
+    fingerprint: str = MODEL,
+    precision: chunkkv.Precision = "native",
 ) -> chunkkv.CompressedKV:
     """Return a span of two layers that keeps half of its tokens, filled with random bytes."""
     kept = num_tokens // 2
@@ -61,10 +69,17 @@ def span(
         layers=(chunkkv.LayerShape((kept, kept), head_dim, head_dim, index_list=0),) * 2,
         index_lengths=(kept,),
         has_scores=False,
+        precision=precision,
     )
     made = chunkkv.CompressedKV.empty(shape)
     generator = torch.Generator().manual_seed(first_token)
-    made.memory.copy_(torch.randint(0, 256, made.memory.shape, generator=generator))
+    if precision == "native":
+        made.memory.copy_(torch.randint(0, 256, made.memory.shape, generator=generator))
+        return made
+    for layer in made.layers:
+        layer.keys.copy_(torch.randn(layer.keys.shape, generator=generator))
+        layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
+        layer.positions.copy_(torch.arange(kept))
     return made
 
 
@@ -365,14 +380,72 @@ async def test_segment_of_another_model_is_refused(store: Store):
     assert caught.value.error_reason == "MODEL_MISMATCH"
 
 
+def nearly(found: bytes, kv: chunkkv.CompressedKV) -> bool:
+    """Whether keys and values are the span's, up to one step of 8 bits over their whole range."""
+    opened = chunkkv.CompressedKV(kv.shape, torch.frombuffer(bytearray(found), dtype=torch.uint8))
+    return all(
+        torch.equal(one.positions, other.positions)
+        and torch.allclose(one.keys, other.keys, rtol=0, atol=float(other.keys.abs().max()) / 64)
+        for one, other in zip(opened.layers, kv.layers, strict=True)
+    )
+
+
+async def test_quantized_segments_arrive_in_the_models_dtype(store: Store):
+    manifest = session()
+    native = stored(store, manifest)
+    small = stored(store, manifest, precision="int8")
+
+    found = fetch(store, native, small, native)
+
+    kv = span(first_token=20, precision="int8")
+    assert found[0] == found[2] == span().memory.numpy().tobytes()
+    assert nearly(found[1], kv)
+    assert native.kv_bytes == 0
+    assert held_bytes(native) == native.size_bytes
+    assert held_bytes(small) == small.kv_bytes == kv.size_bytes > small.size_bytes
+    assert find_segment(store, small.segment_id, ttl_s=TTL_S) == small
+
+
+async def test_quantized_segment_is_received_into_memory_of_the_callers(store: Store):
+    segment = stored(store, session(), precision="int8")
+    memory = memoryview(bytearray(held_bytes(segment) + 9))
+
+    found = receive_segment(
+        store, segment.segment_id, memory, fingerprint=MODEL, staging=ReceivePool()
+    )
+
+    assert nearly(bytes(memory[:-9]), span(precision="int8"))
+    assert found.memory.data_ptr() == torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    with pytest.raises(CorruptError, match="more than the 99"):
+        receive_segment(
+            store, segment.segment_id, memory[:99], fingerprint=MODEL, staging=ReceivePool()
+        )
+
+
+async def test_damaged_quantized_segment_is_refused(store: Store, client: redis.Redis):
+    segment = stored(store, session(), precision="int8")
+    client.setrange(part_key(client, segment, 0), 200, b"\xff\xfe")
+
+    with pytest.raises(CorruptError):
+        fetch(store, segment)
+
+
+def test_what_cannot_be_quantized_is_the_requests_fault():
+    kv = span(precision="int8")
+    kv.layers[0].keys[0, 0] = float("nan")
+
+    with pytest.raises(InvalidRequestError, match="not finite"):
+        encode_segment(kv, session())
+
+
 async def test_segment_of_a_later_format_is_refused(store: Store):
     segment = stored(store, session())
     header = bytearray(store.get_header(segment.segment_id))
-    header[4] = 2
+    header[4] = 3
     store.delete_segments([segment.segment_id])
     store.put_segment(segment.segment_id, header, [], ttl_s=TTL_S)
 
-    with pytest.raises(MismatchError, match="format version 2") as caught:
+    with pytest.raises(MismatchError, match="format version 3") as caught:
         fetch(store, segment)
 
     assert caught.value.error_reason == "FORMAT_MISMATCH"

@@ -315,6 +315,21 @@ async def test_a_segment_that_was_fetched_is_found_by_its_name():
     check_nothing_runs(memory)
 
 
+async def test_a_quantized_segment_gets_room_for_what_it_takes_once_it_is_opened():
+    memory = memory_of(1 << 20)
+    small = session_pb2.Segment(
+        segment_id="a", num_tokens=NUM_TOKENS, num_kept_tokens=NUM_TOKENS, size_bytes=200
+    )
+    small.kv_bytes = SPAN_BYTES
+
+    async with memory.placed([small], new_tokens=1) as placement:
+        [(_, block)] = placement.missing
+        assert block.size_bytes == aligned(SPAN_BYTES)
+        publish_fetched(memory, placement)
+
+    assert memory.resident_bytes == aligned(SPAN_BYTES)
+
+
 async def test_what_was_not_published_is_not_kept():
     memory = memory_of(1 << 20)
 

@@ -164,6 +164,24 @@ async def test_no_worker_of_a_kind_is_unavailable(role: str) -> None:
     assert caught.value.retry_after_s == 1
 
 
+async def test_compression_workers_have_no_model() -> None:
+    idle = worker_info(role="compression", model="", worker_id="c-1", num_active=0)
+    busy = worker_info(role="compression", model="", worker_id="c-2", num_active=9)
+    router = make_router(idle, busy, decode("d"))
+
+    assert (await router.pick_compression()).worker_id == "c-1"
+    assert await router.resolve_model("") == MODEL
+
+
+async def test_no_compression_worker_is_unavailable() -> None:
+    router = make_router(prefill("p"), decode("d"))
+
+    with pytest.raises(UnavailableError, match="no compression worker is alive") as caught:
+        await router.pick_compression()
+
+    assert caught.value.error_reason == "NO_COMPRESSION_WORKER"
+
+
 async def test_the_only_worker_was_tried_already() -> None:
     router = make_router(prefill("p"))
 

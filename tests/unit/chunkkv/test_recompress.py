@@ -1,0 +1,272 @@
+"""Compressing a compressed span further chooses what compressing once would have chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from slow_selection import slow_positions
+
+from chunkkv import (
+    CompressedKV,
+    CompressionPolicy,
+    InvalidInputError,
+    InvalidPolicyError,
+    LayerShape,
+    SpanShape,
+    decode,
+    encode,
+    is_prunable,
+    recompress,
+    select,
+)
+from chunkkv.selection import scored_layers
+
+FIRST_TOKEN = 1000
+NUM_LAYERS, NUM_HEADS, DIM = 4, 2, 3
+
+
+def integer_scores(num_tokens: int, seed: int, *, layers: int = NUM_LAYERS) -> torch.Tensor:
+    """Return scores whose sums are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 50, (layers, NUM_HEADS, num_tokens), generator=generator).float()
+
+
+def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
+    """Return what ``policy`` keeps; keys and values say which layer, head and token they are of."""
+    num_tokens = scores.shape[-1]
+    read = scores[list(scored_layers(policy, NUM_LAYERS))]
+    selection = select(read, policy, num_layers=NUM_LAYERS)
+    shared = {
+        "head": read,
+        "layer": read.sum(1, keepdim=True),
+        "group": read.sum(1, keepdim=True),
+        "global": read.sum((0, 1))[None, None],
+    }[policy.scope]
+    kept = policy.budget(num_tokens)
+    span = CompressedKV.empty(
+        SpanShape(
+            fingerprint="model-a",
+            policy=policy.canonical(),
+            first_token=FIRST_TOKEN,
+            num_tokens=num_tokens,
+            dtype="float32",
+            layers=tuple(
+                LayerShape((kept,) * NUM_HEADS, DIM, DIM, which)
+                for which in selection.list_of_layer
+            ),
+            index_lengths=tuple(rows.numel() for rows in selection.lists),
+            has_scores=True,
+        )
+    )
+    for index, view in enumerate(span.layers):
+        which = selection.list_of_layer[index]
+        rows = selection.lists[which]
+        view.positions.copy_(rows.flatten() + FIRST_TOKEN)
+        assert view.scores is not None
+        view.scores.copy_(shared[which].gather(1, rows).flatten())
+        for head in range(NUM_HEADS):
+            own = rows[head % len(rows)].float()
+            view.keys.view(NUM_HEADS, kept, DIM)[head] = (own + 10_000 * index + 0.5 * head)[
+                :, None
+            ]
+            view.values.view(NUM_HEADS, kept, DIM)[head] = -own[:, None]
+    return span
+
+
+def assert_same(found: CompressedKV, expected: CompressedKV) -> None:
+    assert replace(found.shape, policy="") == replace(expected.shape, policy="")
+    assert torch.equal(found.memory, expected.memory)
+
+
+policies = st.fixed_dictionaries(
+    {
+        "unit": st.sampled_from(["chunk", "token"]),
+        "scope": st.sampled_from(["head", "layer", "group", "global"]),
+        "chunk_size": st.integers(1, 12),
+        "window_size": st.integers(1, 12),
+        "sink_tokens": st.integers(0, 6),
+    }
+)
+
+
+@given(
+    choices=policies,
+    num_tokens=st.integers(1, 90),
+    budgets=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    seed=st.integers(0, 999),
+)
+def test_twice_chooses_what_once_chooses(
+    choices: dict[str, Any], num_tokens: int, budgets: tuple[int, int], seed: int
+):
+    scores = integer_scores(num_tokens, seed)
+    large, small = max(budgets), min(budgets)
+    once = span_of(scores, CompressionPolicy(max_kept_tokens=small, **choices))
+
+    found = recompress(
+        span_of(scores, CompressionPolicy(max_kept_tokens=large, **choices)), max_kept_tokens=small
+    )
+
+    assert_same(found, once)
+
+
+@given(
+    unit=st.integers(1, 9),
+    window=st.integers(1, 9),
+    sink=st.integers(0, 6),
+    num_tokens=st.integers(2, 60),
+    budget=st.integers(1, 60),
+    seed=st.integers(0, 999),
+)
+def test_a_whole_list_is_chosen_from_as_the_slow_reference_does(
+    unit: int, window: int, sink: int, num_tokens: int, budget: int, seed: int
+):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-50, 50, (num_tokens,), generator=generator).float()
+    policy = CompressionPolicy(
+        keep_ratio=1.0, scope="layer", chunk_size=unit, window_size=window, sink_tokens=sink
+    )
+    span = hand_made([range(num_tokens)], [scores.tolist()], policy.canonical(), num_tokens)
+
+    found = recompress(span, max_kept_tokens=budget)
+
+    expected = slow_positions(
+        scores.tolist(), budget, unit_tokens=unit, window_size=window, sink_tokens=sink
+    )
+    assert (found.layers[0].positions - FIRST_TOKEN).tolist() == expected
+
+
+def hand_made(
+    rows: Sequence[Sequence[int]],
+    scores: Sequence[Sequence[float]],
+    policy: str,
+    num_tokens: int,
+) -> CompressedKV:
+    """Return a span of one layer, each head with its own row, and a sliding layer."""
+    lengths = tuple(map(len, rows))
+    span = CompressedKV.empty(
+        SpanShape(
+            fingerprint="model-a",
+            policy=policy,
+            first_token=FIRST_TOKEN,
+            num_tokens=num_tokens,
+            dtype="float32",
+            layers=(
+                LayerShape(lengths, DIM, DIM, 0),
+                LayerShape((7, 7), DIM, DIM, 1, is_sliding=True),
+            ),
+            index_lengths=(sum(lengths), 7),
+            has_scores=True,
+        )
+    )
+    full, sliding = span.layers
+    assert full.scores is not None
+    places = torch.tensor([place for row in rows for place in row])
+    full.positions.copy_(places + FIRST_TOKEN)
+    full.scores.copy_(torch.tensor([score for row in scores for score in row]))
+    full.keys.copy_(places[:, None].float())
+    full.values.copy_(-places[:, None].float())
+    for tensor in (sliding.keys, sliding.values, sliding.positions, sliding.scores):
+        assert tensor is not None
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
+    return span
+
+
+def test_ragged_heads_are_each_cut_to_the_budget_and_sliding_layers_are_not():
+    rules = "keep_ratio=1/2 scorer=window unit=1 scope=head window=1 sink=1"
+    rows = [[0, 3, 5, 9], [2], [0, 1, 2, 3, 4, 9]]
+    scores = [[9.0, 1, 2, 9], [1.0], [9.0, 5, 1, 2, 3, 9]]
+    span = hand_made(rows, scores, rules, num_tokens=10)
+
+    found = recompress(span, max_kept_tokens=3, precision="int8")
+
+    assert found.shape.precision == "int8"
+    assert found.shape.layers[0].lengths == (3, 1, 3)
+    assert (found.layers[0].positions - FIRST_TOKEN).tolist() == [0, 5, 9, 2, 0, 1, 9]
+    assert found.layers[0].keys[:, 0].tolist() == [0, 5, 9, 2, 0, 1, 9]
+    assert found.layers[0].values[:, 0].tolist() == [0, -5, -9, -2, 0, -1, -9]
+    for name in ("keys", "values", "positions", "scores"):
+        assert torch.equal(getattr(found.layers[1], name), getattr(span.layers[1], name))
+
+
+def test_cutting_half_to_a_fifth_keeps_some_of_the_half():
+    scores = torch.rand(NUM_LAYERS, NUM_HEADS, 200, generator=torch.Generator().manual_seed(1))
+    half = span_of(scores, CompressionPolicy(keep_ratio=0.5))
+
+    fifth = recompress(half, keep_ratio=0.2)
+
+    assert fifth.num_kept_tokens == 40
+    assert fifth.size_bytes < half.size_bytes / 2
+    assert fifth.shape.policy == half.shape.policy
+    for one, other in zip(fifth.layers, half.layers, strict=True):
+        assert set(one.positions.tolist()) < set(other.positions.tolist())
+        own = {tuple(key) for key in other.keys.tolist()}
+        assert all(tuple(key) in own for key in one.keys.tolist())
+
+
+def test_result_is_stored_and_compressed_again():
+    scores = integer_scores(100, 3)
+    policy = CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
+    smaller = recompress(span_of(scores, policy), max_kept_tokens=30)
+    encoded = encode(smaller, identity="object-1")
+
+    opened = decode(encoded.header, bytearray(b"".join(encoded.parts)))
+
+    assert_same(opened, smaller)
+    again = replace(policy, keep_ratio=None, max_kept_tokens=11)
+    assert_same(recompress(opened, max_kept_tokens=11), span_of(scores, again))
+
+
+@pytest.mark.parametrize("change", [{"policy": "whole"}, {"policy": "by hand"}, {"unit": 0}])
+def test_span_whose_rules_are_unknown_keeps_all_tokens(change: dict[str, Any]):
+    span = span_of(integer_scores(40, 0), CompressionPolicy(keep_ratio=0.5))
+    policy = change.get("policy", span.shape.policy.replace("unit=20", "unit=0"))
+    span = CompressedKV(replace(span.shape, policy=policy), span.memory)
+
+    found = recompress(span, max_kept_tokens=1, precision="int4")
+
+    assert not is_prunable(span.shape)
+    assert found.shape == replace(span.shape, precision="int4")
+    assert torch.equal(found.memory, span.memory)
+
+
+def test_span_without_scores_keeps_all_tokens():
+    span = span_of(integer_scores(40, 0), CompressionPolicy(keep_ratio=0.5))
+    shape = replace(span.shape, has_scores=False)
+    bare = CompressedKV.empty(shape)
+
+    assert not is_prunable(shape)
+    assert recompress(bare, keep_ratio=0.1).num_kept_tokens == 20
+
+
+def test_no_budget_or_a_large_one_changes_nothing_but_the_precision():
+    span = span_of(integer_scores(40, 0), CompressionPolicy(keep_ratio=0.5))
+
+    assert recompress(span).memory is span.memory
+    assert recompress(span, max_kept_tokens=20).shape == span.shape
+    assert recompress(span, precision="fp8").shape == replace(span.shape, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"max_kept_tokens": 0}, {"keep_ratio": 0.0}, {"keep_ratio": 0.5, "max_kept_tokens": 3}],
+)
+def test_budget_out_of_range_is_refused(budget: dict[str, Any]):
+    span = span_of(integer_scores(40, 0), CompressionPolicy(keep_ratio=0.5))
+
+    with pytest.raises(InvalidPolicyError):
+        recompress(span, **budget)
+
+
+def test_scores_that_are_not_finite_are_refused():
+    span = span_of(integer_scores(40, 0), CompressionPolicy(keep_ratio=0.5))
+    assert span.layers[0].scores is not None
+    span.layers[0].scores[3] = float("nan")
+
+    with pytest.raises(InvalidInputError, match="not finite"):
+        recompress(span, max_kept_tokens=5)
