@@ -25,13 +25,28 @@ COPY_SIZE = 8
 
 
 def manifest(tenant: str, session_id: str) -> str:
-    """Hash ``{version, body, created_us}`` of a session."""
+    """Hash ``{version, body, created_us, segments}`` of a session."""
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:manifest"
 
 
 def lease(tenant: str, session_id: str) -> str:
     """String: token of the turn that runs."""
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:lease"
+
+
+def turn_results(tenant: str, session_id: str) -> str:
+    """Hash: what the session's latest turns answered, by request id."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:results"
+
+
+def turn_order(tenant: str, session_id: str) -> str:
+    """List: the request ids of these turns, oldest first."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:turns"
+
+
+def owner(tenant: str, session_id: str) -> str:
+    """A session among the owners of a segment."""
+    return f"{_quoted(tenant)}/{_quoted(session_id)}"
 
 
 def session_index(tenant: str) -> str:
@@ -60,6 +75,11 @@ def parse_index_member(member: bytes) -> tuple[int, str]:
 def segment_header(segment_id: str) -> str:
     """String: record, then the header."""
     return f"{_VERSION}:{_segment_tag(segment_id)}:header"
+
+
+def segment_owners(segment_id: str) -> str:
+    """Sorted set: sessions that name the segment; the score is when that ends by itself, in ms."""
+    return f"{_VERSION}:{_segment_tag(segment_id)}:owners"
 
 
 def segment_part(segment_id: str, copy: bytes, index: int) -> str:
@@ -124,7 +144,7 @@ def _checksum(segment_id: str, checked: bytes) -> int:
 
 
 def _session_tag(tenant: str, session_id: str) -> str:
-    return f"{{{_quoted(tenant)}/{_quoted(session_id)}}}"
+    return f"{{{owner(tenant, session_id)}}}"
 
 
 def _segment_tag(segment_id: str) -> str:

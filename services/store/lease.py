@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Final
 
 from services.runtime.errors import ConflictError, ServiceError, UnavailableError
 from services.runtime.telemetry import get_logger
 from services.store.base import SessionStore
+
+_FIRST_PAUSE_S: Final = 0.01
+_LONGEST_PAUSE_S: Final = 0.25
 
 _log = get_logger()
 
 
 @asynccontextmanager
 async def turn_lease(
-    store: SessionStore, tenant: str, session_id: str, *, ttl_s: float
+    store: SessionStore, tenant: str, session_id: str, *, ttl_s: float, waits: bool = False
 ) -> AsyncIterator[None]:
     """Hold the lease while the block runs, and give it back however the block ends.
 
-    The lease is renewed every third of ``ttl_s``. If it is lost, the block is cancelled: another
-    turn may have begun, and two must not commit.
+    The lease is renewed every third of ``ttl_s``, and with it the session, so that it does not
+    expire during its own turn. If it is lost, the block is cancelled: another turn may have begun,
+    and two must not commit.
+
+    Args:
+        store: Where the session is.
+        tenant: Its owner.
+        session_id: Its id.
+        ttl_s: After how long another turn may begin, should this process die.
+        waits: Whether to wait, until cancelled, for a turn that runs. Who waits longest is not
+            necessarily first.
 
     Raises:
         ConflictError: Another turn holds it (reason ``SESSION_BUSY``), or it was lost
             (``LEASE_LOST``).
     """
-    token = await store.acquire_lease(tenant, session_id, ttl_s=ttl_s)
+    take = partial(_take, store, tenant, session_id, ttl_s)
+    token = await (_wait_for(take) if waits else take())
     try:
         async with asyncio.TaskGroup() as tasks:
             renewal = tasks.create_task(_renew(store, tenant, session_id, token, ttl_s))
@@ -63,6 +78,32 @@ async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:
         _log.warning(f"{what}.failed", reason=error.error_reason, error=error.message)
     if cancelled is not None:
         raise cancelled
+
+
+async def _take(store: SessionStore, tenant: str, session_id: str, ttl_s: float) -> str:
+    """Take the lease; cancelled meanwhile, leave none behind that nobody knows of."""
+    taking = asyncio.ensure_future(store.acquire_lease(tenant, session_id, ttl_s=ttl_s))
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+
+        async def give_back() -> None:
+            with suppress(ConflictError):
+                await store.release_lease(tenant, session_id, await taking)
+
+        await finish("lease.release", give_back())
+        raise
+
+
+async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await take()
+        except ConflictError:
+            # Jitter, so that those who wait do not come all at once.
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 async def _renew(
