@@ -34,7 +34,7 @@ from services.gateway.app import Gateway
 from services.gateway.config import GatewaySettings
 from services.runtime.interceptors import ServicerContext, current_request_id
 from services.runtime.server import GrpcServer, open_channel
-from services.store.base import Store, WorkerInfo
+from services.store.base import SegmentOwner, Store, TurnRecord, WorkerInfo
 
 MODEL = "fake-model"
 FINGERPRINT = "fake-fingerprint"
@@ -165,18 +165,25 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                     raise self.error_after_first_token
         if self.ends_early:
             return
-        version = await self._commit(manifest) if manifest.session_id else 0
-        yield decode_pb2.DecodeResponse(
-            finish=types_pb2.Finish(
-                reason=types_pb2.FINISH_REASON_EOS,
-                num_generated_tokens=len(ANSWER),
-                num_total_tokens=len(manifest.token_ids),
-                session_version=version,
-            )
+        finish = types_pb2.Finish(
+            reason=types_pb2.FINISH_REASON_EOS,
+            num_generated_tokens=len(ANSWER),
+            num_total_tokens=len(manifest.token_ids) + len(ANSWER),
+            session_version=manifest.version + 1 if manifest.session_id else 0,
         )
+        if manifest.session_id:
+            await self._commit(request, finish)
+        yield decode_pb2.DecodeResponse(finish=finish)
 
-    async def _commit(self, manifest: manifest_pb2.Manifest) -> int:
+    async def _commit(self, request: decode_pb2.DecodeRequest, finish: types_pb2.Finish) -> None:
+        manifest = request.manifest
         read_version = manifest.version
+        result = manifest_pb2.TurnResult(
+            request_digest=request.request_digest,
+            num_prompt_tokens=len(manifest.token_ids),
+            answer=types_pb2.TokenDelta(text=ANSWER.decode(), token_ids=ANSWER),
+            finish=finish,
+        )
         manifest.token_ids.extend(ANSWER)
         await store_fake_segment(
             self._store, manifest, len(manifest.token_ids) - num_cached(manifest)
@@ -184,13 +191,14 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         manifest.num_turns += 1
         manifest.last_decode_worker = self._worker_id
         manifest.version = read_version + 1
-        return await self._store.commit_manifest(
+        await self._store.commit_manifest(
             manifest.tenant,
             manifest.session_id,
             manifest.SerializeToString(),
             expected_version=read_version,
             ttl_s=manifest.ttl.seconds,
             segment_ids=[segment.segment_id for segment in manifest.segments],
+            result=TurnRecord(request.request_id, result.SerializeToString()),
         )
 
 
@@ -328,8 +336,9 @@ async def store_fake_segment(store: Store, manifest: manifest_pb2.Manifest, span
         size_bytes=10 * span,
     )
     ttl_s = manifest.ttl.seconds
+    owner = SegmentOwner(manifest.tenant, manifest.session_id) if manifest.session_id else None
     await asyncio.to_thread(
-        store.put_segment, segment.segment_id, b"header", [b"part"], ttl_s=ttl_s
+        store.put_segment, segment.segment_id, b"header", [b"part"], ttl_s=ttl_s, owner=owner
     )
     manifest.segments.append(segment)
 

@@ -17,6 +17,7 @@ from services.gateway import validation
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
 from services.gateway.manifests import new_manifest, read_manifest
+from services.gateway.replay import replay, request_digest, stored_result
 from services.gateway.routing import Router
 from services.gateway.turn import Turn, TurnRunner
 from services.runtime.errors import DeadlineError, MismatchError
@@ -64,6 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     remaining_s=remaining_s,
                     started_at=started_at,
                     avoid_worker=_avoided_worker(context),
+                    request_digest=request_digest(request),
                 )
                 if request.session_id:
                     finish = await self._continue_session(turn)
@@ -89,7 +91,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _continue_session(self, turn: Turn) -> types_pb2.Finish:
         tenant, session_id = self._settings.tenant, turn.request.session_id
         # The lease comes first: what is read under it is what this turn will replace.
-        async with turn_lease(self._store, tenant, session_id, ttl_s=self._settings.lease_ttl_s):
+        async with turn_lease(
+            self._store,
+            tenant,
+            session_id,
+            ttl_s=self._settings.lease_ttl_s,
+            waits=turn.request.wait_if_busy,
+        ):
+            if turn.request.request_id:
+                result = await stored_result(self._store, tenant, turn.request)
+                if result is not None:
+                    return await replay(turn, result)
             manifest, _ = await read_manifest(self._store, tenant, session_id)
             _check_model(turn.request.model, manifest)
             return await self._turns.run(turn, manifest)

@@ -40,6 +40,7 @@ class Turn:
         remaining_s: Returns the seconds until the deadline.
         started_at: ``time.perf_counter()`` when the request came.
         avoid_worker: Id of a decode worker that is taken only if there is no other.
+        request_digest: Tells the request from another one of the same id.
     """
 
     request: inference_pb2.GenerateRequest
@@ -47,6 +48,7 @@ class Turn:
     remaining_s: Callable[[], float]
     started_at: float
     avoid_worker: str = ""
+    request_digest: bytes = b""
 
 
 class TurnRunner:
@@ -153,6 +155,8 @@ class TurnRunner:
             manifest=relay.prefilled.manifest,
             sampling=relay.turn.request.sampling,
             compression=relay.prefilled.compression,
+            request_id=current_request_id(),
+            request_digest=relay.turn.request_digest,
         )
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
         async with aclosing(call) as events:

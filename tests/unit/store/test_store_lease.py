@@ -21,8 +21,16 @@ class LeaseStore:
         self.all_renewed = asyncio.Event()
         self.is_held = False
         self.release_error: Exception | None = None
+        self.refusals: list[Exception] = []
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def acquire_lease(self, tenant: str, session_id: str, *, ttl_s: float) -> str:
+        self.is_asked.set()
+        await self.may_answer.wait()
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.is_held = True
         return "token"
 
@@ -41,8 +49,8 @@ class LeaseStore:
         self.is_held = False
 
 
-def lease(store: LeaseStore, ttl_s: float = 0.03):  # type: ignore[no-untyped-def]
-    return turn_lease(as_store(store), "default", "s-1", ttl_s=ttl_s)
+def lease(store: LeaseStore, ttl_s: float = 0.03, **options: bool):  # type: ignore[no-untyped-def]
+    return turn_lease(as_store(store), "default", "s-1", ttl_s=ttl_s, **options)
 
 
 def as_store(store: LeaseStore) -> SessionStore:
@@ -95,6 +103,57 @@ async def test_a_lease_that_cannot_be_released_does_not_fail_the_turn() -> None:
         pass
 
     assert store.is_held
+
+
+async def test_who_waits_gets_the_lease_when_it_is_free() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy")] * 3
+
+    async with lease(store, waits=True):
+        assert store.is_held
+
+    assert store.refusals == []
+
+
+async def test_who_does_not_wait_is_refused_at_once() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy")]
+
+    with pytest.raises(ConflictError, match="busy"):
+        async with lease(store):
+            pass
+
+
+async def test_a_store_that_is_away_is_not_waited_for() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy"), UnavailableError("away")]
+
+    with pytest.raises(UnavailableError, match="away"):
+        async with lease(store, waits=True):
+            pass
+
+
+@pytest.mark.parametrize("refusals", [[], [ConflictError("busy")]], ids=["free", "busy"])
+async def test_who_is_cancelled_while_the_lease_is_taken_leaves_none(
+    refusals: list[Exception],
+) -> None:
+    store = LeaseStore()
+    store.refusals = refusals
+    store.may_answer.clear()
+
+    async def turn() -> None:
+        async with lease(store):
+            raise AssertionError("was cancelled before")
+
+    task = asyncio.create_task(turn())
+    await store.is_asked.wait()
+    task.cancel()
+    await asyncio.sleep(0)  # lets the cancellation in
+    store.may_answer.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not store.is_held
 
 
 async def test_a_cleanup_runs_to_its_end_also_when_cancelled_twice() -> None:
