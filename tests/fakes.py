@@ -7,14 +7,17 @@ connections and the store are real.
 from __future__ import annotations
 
 import asyncio
+import json
+import struct
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
+import xxhash
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
@@ -337,10 +340,36 @@ async def store_fake_segment(store: Store, manifest: manifest_pb2.Manifest, span
     )
     ttl_s = manifest.ttl.seconds
     owner = SegmentOwner(manifest.tenant, manifest.session_id) if manifest.session_id else None
+    parts = [b"keys", b"values"]
+    header = fake_header(segment, manifest.model_fingerprint, parts)
     await asyncio.to_thread(
-        store.put_segment, segment.segment_id, b"header", [b"part"], ttl_s=ttl_s, owner=owner
+        store.put_segment, segment.segment_id, header, parts, ttl_s=ttl_s, owner=owner
     )
     manifest.segments.append(segment)
+
+
+def fake_header(
+    segment: session_pb2.Segment, fingerprint: str, parts: Sequence[bytes], **fields: Any
+) -> bytes:
+    """Return a header as far as the gateway reads it; ``fields`` replace what it says."""
+    body = {
+        "identity": segment.segment_id,
+        "part_sizes": [len(part) for part in parts],
+        "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
+        "shape": {
+            "fingerprint": fingerprint,
+            "first_token": segment.first_token,
+            "num_tokens": segment.num_tokens,
+        },
+        **fields,
+    }
+    return sealed_header(json.dumps(body).encode())
+
+
+def sealed_header(body: bytes) -> bytes:
+    """Return a header of any body, its checksum right."""
+    checksum = xxhash.xxh3_64_intdigest(body)
+    return struct.pack("<4sHIQ", b"CKV\x01", 1, len(body), checksum) + body
 
 
 def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:

@@ -93,6 +93,34 @@ class WorkerInfo:
     default_policy: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentCopy:
+    """Where one copy of a segment lies.
+
+    Attributes:
+        segment_id: Whose copy.
+        name: Tells it from other copies.
+    """
+
+    segment_id: str
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSegment:
+    """A segment whose parts can be read one by one.
+
+    Attributes:
+        header: Its header.
+        copy: Where its parts are.
+        num_parts: How many.
+    """
+
+    header: bytes
+    copy: SegmentCopy
+    num_parts: int
+
+
 class SegmentStore(Protocol):
     """Segments. Blocking, thread-safe: called from worker threads, never from an event loop.
 
@@ -269,6 +297,47 @@ class SessionStore(Protocol):
         """Give a lease back. Harmless if it is not ours any more."""
 
 
+class SegmentTransfer(Protocol):
+    """Segments part by part, for processes that hold none of them. Asynchronous."""
+
+    async def open_segment(self, segment_id: str) -> StoredSegment:
+        """Return a segment's header, and where its parts are.
+
+        Raises:
+            NotFoundError: There is none (reason ``SEGMENT_NOT_FOUND``).
+            CorruptError: The header is damaged.
+        """
+
+    async def read_part(self, copy: SegmentCopy, index: int) -> bytes:
+        """Return one part of a copy; who reads checks its content.
+
+        Raises:
+            NotFoundError: It is not there any more.
+        """
+
+    def new_copy(self, segment_id: str) -> SegmentCopy:
+        """Return a copy that nobody else writes. Nobody sees it before it is published."""
+
+    async def write_part(
+        self, copy: SegmentCopy, index: int, part: Buffer, *, ttl_s: float
+    ) -> None:
+        """Store one part of a copy; it expires unless the copy is published and extended."""
+
+    async def publish_copy(
+        self,
+        copy: SegmentCopy,
+        header: Buffer,
+        num_parts: int,
+        *,
+        ttl_s: float,
+        owner: SegmentOwner,
+    ) -> bool:
+        """Make the copy the segment, owned by ``owner``; ``False`` if there is one already."""
+
+    async def discard_copy(self, copy: SegmentCopy, num_parts: int) -> None:
+        """Delete the parts of a copy that was not published."""
+
+
 class Registry(Protocol):
     """Which workers live. Asynchronous."""
 
@@ -282,7 +351,7 @@ class Registry(Protocol):
         """Return all living workers."""
 
 
-class Store(SegmentStore, SessionStore, Registry, Protocol):
+class Store(SegmentStore, SessionStore, SegmentTransfer, Registry, Protocol):
     """All of it, over one server."""
 
     async def ping(self) -> None:

@@ -103,8 +103,18 @@ def segment_parts(segment_id: str, value: bytes) -> list[str]:
     Raises:
         CorruptError: It is damaged, or another segment's.
     """
-    num_parts, copy = _PARTS.unpack_from(_checked(segment_id, value))
+    num_parts, copy = segment_copy(segment_id, value)
     return [segment_part(segment_id, copy, index) for index in range(num_parts)]
+
+
+def segment_copy(segment_id: str, value: bytes) -> tuple[int, bytes]:
+    """Number of parts and name of the copy in what the header's key holds.
+
+    Raises:
+        CorruptError: It is damaged, or another segment's.
+    """
+    num_parts, copy = _PARTS.unpack_from(_checked(segment_id, value))
+    return num_parts, copy
 
 
 def stored_header(segment_id: str, value: bytes) -> bytes:

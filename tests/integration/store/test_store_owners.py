@@ -422,3 +422,55 @@ async def test_a_lease_is_renewed_although_a_segment_is_lost(
 
     with pytest.raises((NotFoundError, CorruptError)):
         await commit(store, "s", "a")
+
+
+# Segments part by part
+
+
+async def write(store: Store, segment_id: str) -> bool:
+    copy = store.new_copy(segment_id)
+    for index, part in enumerate([b"aa", b"bb"]):
+        await store.write_part(copy, index, part, ttl_s=TTL_S)
+    owner = SegmentOwner("default", "s")
+    return await store.publish_copy(copy, b"h", 2, ttl_s=TTL_S, owner=owner)
+
+
+async def test_what_is_written_part_by_part_is_a_segment(store: Store, server):
+    assert await write(store, "a")
+
+    found = await store.open_segment("a")
+    parts = [await store.read_part(found.copy, index) for index in range(found.num_parts)]
+    assert (found.header, parts) == (b"h", [b"aa", b"bb"])
+    assert has(store, "a")
+    await store.release_segments("default", "s", ["a"])
+    assert server.holders() == {}
+
+
+async def test_a_copy_does_not_replace_the_one_that_is_there(store: Store, server):
+    put(store, "a")
+    first = await store.open_segment("a")
+
+    assert not await write(store, "a")
+
+    assert await store.open_segment("a") == first
+
+
+async def test_a_copy_that_is_discarded_leaves_nothing(store: Store, server):
+    copy = store.new_copy("a")
+    await store.write_part(copy, 0, b"aa", ttl_s=TTL_S)
+
+    await store.discard_copy(copy, 1)
+    await store.discard_copy(store.new_copy("a"), 0)
+
+    assert server.holders() == {}
+
+
+async def test_a_segment_or_a_part_that_is_gone_is_not_found(store: Store, server):
+    with pytest.raises(NotFoundError, match="segment a"):
+        await store.open_segment("a")
+    put(store, "a")
+    found = await store.open_segment("a")
+    server.flush()
+
+    with pytest.raises(NotFoundError, match="segment a"):
+        await store.read_part(found.copy, 0)
