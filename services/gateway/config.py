@@ -30,6 +30,9 @@ class GatewaySettings(ServiceSettings):
         worker_refresh_s: Age at which the list of living workers is read again.
         max_concurrent_requests: Generate and CountTokens calls at once; more are refused.
         default_deadline_s: Time for a call that brings no deadline.
+        quota_sessions: Sessions that the tenant may have; 0: any number.
+        quota_stored_bytes: Bytes of segments from which on its sessions take no more turns; 0: any.
+        quota_concurrent_turns: Generate calls of the tenant at once, on all gateways; 0: any.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -42,6 +45,9 @@ class GatewaySettings(ServiceSettings):
     worker_refresh_s: float = _seconds(0.5)
     max_concurrent_requests: int = Field(default=256, ge=1)
     default_deadline_s: float = _seconds(600)
+    quota_sessions: int = Field(default=0, ge=0)
+    quota_stored_bytes: int = Field(default=0, ge=0)
+    quota_concurrent_turns: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_session_ttl(self) -> Self:

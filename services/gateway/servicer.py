@@ -17,6 +17,7 @@ from services.gateway import validation
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
 from services.gateway.manifests import new_manifest, read_manifest
+from services.gateway.quotas import Quotas
 from services.gateway.replay import replay, request_digest, stored_result
 from services.gateway.routing import Router
 from services.gateway.turn import Turn, TurnRunner
@@ -41,12 +42,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         router: Router,
         turns: TurnRunner,
         admission: Admission,
+        quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._store = store
         self._router = router
         self._turns = turns
         self._admission = admission
+        self._quotas = quotas
 
     async def Generate(  # type: ignore[override]  # writes, see the module's text
         self, request: inference_pb2.GenerateRequest, context: ServicerContext
@@ -58,7 +61,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         add_request_fields(session_id=request.session_id)
 
         with self._admission.admit():
-            async with self._time_limit(context) as remaining_s:
+            async with self._time_limit(context) as remaining_s, self._quotas.turn():
                 turn = Turn(
                     request=request,
                     send=context.write,
@@ -102,6 +105,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 result = await stored_result(self._store, tenant, turn.request)
                 if result is not None:
                     return await replay(turn, result)
+            await self._quotas.check_stored_bytes()
             manifest, _ = await read_manifest(self._store, tenant, session_id)
             _check_model(turn.request.model, manifest)
             return await self._turns.run(turn, manifest)

@@ -16,6 +16,7 @@ from services.gateway.manifests import (
     read_manifest,
     session_of,
 )
+from services.gateway.quotas import Quotas
 from services.gateway.routing import Router
 from services.gateway.transfer import export_session, import_session
 from services.runtime.errors import NotFoundError
@@ -32,11 +33,14 @@ _FORK_TRIES: Final = 3
 class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     """Creates, shows, lists, forks, moves and deletes sessions of the gateway's tenant."""
 
-    def __init__(self, settings: GatewaySettings, store: Store, router: Router) -> None:
+    def __init__(
+        self, settings: GatewaySettings, store: Store, router: Router, quotas: Quotas
+    ) -> None:
         self._settings = settings
         self._tenant = settings.tenant
         self._store = store
         self._router = router
+        self._quotas = quotas
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, context: ServicerContext
@@ -45,6 +49,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         ttl_s = self._settings.session_ttl_s
         if request.HasField("ttl"):
             ttl_s = validation.seconds(request.ttl)
+        await self._quotas.check_new_session()
         manifest = new_manifest(
             tenant=self._tenant,
             session_id=request.session_id or new_session_id(),
@@ -109,6 +114,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         validation.check_fork_session(request, max_ttl_s=self._settings.max_session_ttl_s)
         add_request_fields(session_id=request.session_id)
 
+        await self._quotas.check_new_session()
         for _ in range(_FORK_TRIES - 1):
             # A segment of the version that was read may have been dropped by a newer one.
             with suppress(NotFoundError):
@@ -134,6 +140,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
     async def ImportSession(
         self, request: AsyncIterator[session_pb2.ImportSessionRequest], context: ServicerContext
     ) -> session_pb2.ImportSessionResponse:
+        await self._quotas.check_new_session()
         manifest, stored = await import_session(
             self._store, self._tenant, request, max_ttl_s=self._settings.max_session_ttl_s
         )

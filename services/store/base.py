@@ -38,6 +38,18 @@ class TurnRecord(NamedTuple):
     body: bytes
 
 
+class TenantUsage(NamedTuple):
+    """What a tenant uses.
+
+    Attributes:
+        num_sessions: Sessions that live.
+        stored_bytes: Bytes of their segments; one that several sessions name counts for each.
+    """
+
+    num_sessions: int
+    stored_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class StoredManifest:
     """A manifest as it was read.
@@ -295,6 +307,21 @@ class SessionStore(Protocol):
 
     async def release_lease(self, tenant: str, session_id: str, token: str) -> None:
         """Give a lease back. Harmless if it is not ours any more."""
+
+    async def usage(self, tenant: str) -> TenantUsage:
+        """Return what a tenant uses."""
+
+    async def begin_turn(self, tenant: str, *, limit: int, ttl_s: float) -> str | None:
+        """Count one more turn and return its token; ``None`` if ``limit`` turns run.
+
+        It counts for ``ttl_s`` unless it is renewed.
+        """
+
+    async def renew_turn(self, tenant: str, token: str, *, ttl_s: float) -> None:
+        """Count a turn for ``ttl_s`` more."""
+
+    async def end_turn(self, tenant: str, token: str) -> None:
+        """Count a turn no more. Harmless if it is not counted."""
 
 
 class SegmentTransfer(Protocol):

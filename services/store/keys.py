@@ -54,6 +54,21 @@ def session_index(tenant: str) -> str:
     return f"{_VERSION}:{{{_quoted(tenant)}}}:sessions"
 
 
+def account_ends(tenant: str) -> str:
+    """Sorted set of a tenant's sessions; the score is when each expires unless used, in ms."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:account"
+
+
+def account_bytes(tenant: str) -> str:
+    """Hash: stored bytes of each of these sessions, and under the empty name of all of them."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:bytes"
+
+
+def running_turns(tenant: str) -> str:
+    """Sorted set of the turns that run; the score is when each counts no longer, in ms."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:running"
+
+
 def index_member(created_us: int, session_id: str) -> bytes:
     """Member of the index: sorts by creation time, and tells a session from its namesakes."""
     return f"{created_us:016d}:{session_id}".encode()

@@ -1,4 +1,7 @@
-"""The turn lease: one turn of a session at a time, whichever gateway serves it."""
+"""The turn lease: one turn of a session at a time, whichever gateway serves it.
+
+And the place among a tenant's turns, which is held in the same way.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +45,59 @@ async def turn_lease(
         ConflictError: Another turn holds it (reason ``SESSION_BUSY``), or it was lost
             (``LEASE_LOST``).
     """
-    take = partial(_take, store, tenant, session_id, ttl_s)
-    token = await (_wait_for(take) if waits else take())
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(_renew(store, tenant, session_id, token, ttl_s))
-            yield
-            renewal.cancel()
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
-    finally:
-        await finish("lease.release", store.release_lease(tenant, session_id, token))
+
+    async def take() -> str:
+        return await store.acquire_lease(tenant, session_id, ttl_s=ttl_s)
+
+    async def renew(token: str) -> None:
+        if not await store.renew_lease(tenant, session_id, token, ttl_s=ttl_s):
+            raise ConflictError(
+                f"the turn on session {session_id} took longer than its lease could be kept; "
+                "send it again",
+                reason="LEASE_LOST",
+            )
+
+    async def give_back(token: str) -> None:
+        await store.release_lease(tenant, session_id, token)
+
+    taken = partial(_take, take, give_back)
+    token = await (_wait_for(taken) if waits else taken())
+    async with _held(token, renew, give_back, ttl_s):
+        yield
+
+
+@asynccontextmanager
+async def counted_turn(
+    store: SessionStore, tenant: str, *, limit: int, ttl_s: float
+) -> AsyncIterator[bool]:
+    """Count a turn of the tenant while the block runs.
+
+    Yields whether there was room; without it, nothing is counted. A store that goes away meanwhile
+    does not end the block.
+
+    Args:
+        store: Where the tenant's account is.
+        tenant: Whose turn.
+        limit: Turns that may run at once, at least 1.
+        ttl_s: How long it counts, should this process die. Renewed every third of it.
+    """
+
+    async def take() -> str:
+        return await store.begin_turn(tenant, limit=limit, ttl_s=ttl_s) or ""
+
+    async def renew(token: str) -> None:
+        with suppress(UnavailableError):
+            await store.renew_turn(tenant, token, ttl_s=ttl_s)
+
+    async def give_back(token: str) -> None:
+        await store.end_turn(tenant, token)
+
+    token = await _take(take, give_back)
+    if not token:
+        yield False
+        return
+    async with _held(token, renew, give_back, ttl_s):
+        yield True
 
 
 async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:
@@ -80,19 +125,40 @@ async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:
         raise cancelled
 
 
-async def _take(store: SessionStore, tenant: str, session_id: str, ttl_s: float) -> str:
-    """Take the lease; cancelled meanwhile, leave none behind that nobody knows of."""
-    taking = asyncio.ensure_future(store.acquire_lease(tenant, session_id, ttl_s=ttl_s))
+async def _take(
+    take: Callable[[], Coroutine[Any, Any, str]], give_back: Callable[[str], Awaitable[None]]
+) -> str:
+    """Take something and return its token; cancelled meanwhile, leave nothing behind."""
+    taking = asyncio.ensure_future(take())
     try:
         return await asyncio.shield(taking)
     except asyncio.CancelledError:
 
-        async def give_back() -> None:
+        async def undo() -> None:
             with suppress(ConflictError):
-                await store.release_lease(tenant, session_id, await taking)
+                await give_back(await taking)
 
-        await finish("lease.release", give_back())
+        await finish("lease.release", undo())
         raise
+
+
+@asynccontextmanager
+async def _held(
+    token: str,
+    renew: Callable[[str], Awaitable[None]],
+    give_back: Callable[[str], Coroutine[Any, Any, None]],
+    ttl_s: float,
+) -> AsyncIterator[None]:
+    """Renew what was taken while the block runs, and give it back however the block ends."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s))
+            yield
+            renewal.cancel()
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    finally:
+        await finish("lease.release", give_back(token))
 
 
 async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
@@ -106,23 +172,15 @@ async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-async def _renew(
-    store: SessionStore, tenant: str, session_id: str, token: str, ttl_s: float
-) -> None:
+async def _renew(renew: Callable[[], Awaitable[None]], ttl_s: float) -> None:
     renewed_at = time.monotonic()
     while True:
         await asyncio.sleep(ttl_s / 3)
         try:
-            is_ours = await store.renew_lease(tenant, session_id, token, ttl_s=ttl_s)
+            await renew()
         except UnavailableError:
             # A store that is back before the lease has run out does no harm.
             if time.monotonic() - renewed_at >= ttl_s:
                 raise
             continue
-        if not is_ours:
-            raise ConflictError(
-                f"the turn on session {session_id} took longer than its lease could be kept; "
-                "send it again",
-                reason="LEASE_LOST",
-            )
         renewed_at = time.monotonic()

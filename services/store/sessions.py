@@ -24,6 +24,7 @@ from services.runtime.errors import (
     ServiceError,
 )
 from services.store import keys, owners
+from services.store.accounts import RedisAccounts
 from services.store.base import SessionPage, StoredManifest, TurnRecord
 from services.store.connect import AsyncClient
 from services.store.failures import segment_not_found, store_errors, ttl_ms
@@ -72,13 +73,6 @@ redis.call('DEL', unpack(KEYS))
 return stored
 """
 
-# GT treats a key without a TTL as one that lives for ever, hence NX first.
-_LIST: Final = """
-redis.call('ZADD', KEYS[1], 0, ARGV[1])
-redis.call('PEXPIRE', KEYS[1], ARGV[2], 'NX')
-redis.call('PEXPIRE', KEYS[1], ARGV[2], 'GT')
-"""
-
 # KEYS: lease, manifest, turn results, turn order. ARGV: token, lifetime. Answers whether the lease
 # is ours, and the session's segments if it would have expired before the lease.
 _RENEW: Final = """
@@ -96,7 +90,7 @@ return redis.call('DEL', KEYS[1])
 """
 
 
-class RedisSessions:
+class RedisSessions(RedisAccounts):
     """Implements ``SessionStore``.
 
     Args:
@@ -105,12 +99,10 @@ class RedisSessions:
     """
 
     def __init__(self, client: AsyncClient, where: str) -> None:
-        self._client = client
-        self._where = where
+        super().__init__(client, where)
         self._create = client.register_script(_CREATE)
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
-        self._list = client.register_script(_LIST)
         self._renew = client.register_script(_RENEW)
         self._give_back = client.register_script(_GIVE_BACK)
 
@@ -128,7 +120,7 @@ class RedisSessions:
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
         with store_errors(self._where):
-            async with self._owned(tenant, session_id, named, lifetime):
+            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
                 is_new = await self._create(
                     keys=_session_keys(tenant, session_id),
                     args=[body, created_us, lifetime, _joined(named)],
@@ -138,7 +130,13 @@ class RedisSessions:
                         f"session {session_id} exists; choose another id",
                         resource=("session", session_id),
                     )
-            await self._enlist(tenant, keys.index_member(created_us, session_id), lifetime)
+            await self._enlist(
+                tenant,
+                session_id,
+                created_us=created_us,
+                size_bytes=size_bytes,
+                lifetime=lifetime,
+            )
 
     async def get_manifest(self, tenant: str, session_id: str) -> StoredManifest:
         """Read a manifest."""
@@ -168,7 +166,7 @@ class RedisSessions:
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
         with store_errors(self._where):
-            async with self._owned(tenant, session_id, named, lifetime):
+            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
                 answer = await self._commit(
                     keys=_session_keys(tenant, session_id),
                     args=[expected_version, body, lifetime, _joined(named), *(result or ())],
@@ -182,7 +180,13 @@ class RedisSessions:
                         f" stored, {expected_version} was expected; send the turn again",
                         resource=("session", session_id),
                     )
-            await self._enlist(tenant, keys.index_member(created_us, session_id), lifetime)
+            await self._enlist(
+                tenant,
+                session_id,
+                created_us=created_us,
+                size_bytes=size_bytes,
+                lifetime=lifetime,
+            )
             await self._release(keys.owner(tenant, session_id), set(dropped_segment_ids) - {*named})
         return version
 
@@ -199,8 +203,7 @@ class RedisSessions:
             created_us, named = await self._delete(keys=_session_keys(tenant, session_id))
             if created_us is None:
                 raise _not_found(session_id)
-            member = keys.index_member(int(created_us), session_id)
-            await self._client.zrem(keys.session_index(tenant), member)
+            await self._strike(tenant, session_id, created_us=int(created_us))
             await self._release(keys.owner(tenant, session_id), _split(named))
 
     async def release_segments(
@@ -277,14 +280,11 @@ class RedisSessions:
         with store_errors(self._where):
             await self._give_back(keys=[keys.lease(tenant, session_id)], args=[token])
 
-    async def _enlist(self, tenant: str, member: bytes, lifetime: int) -> None:
-        await self._list(keys=[keys.session_index(tenant)], args=[member, lifetime])
-
     @asynccontextmanager
     async def _owned(
         self, tenant: str, session_id: str, segment_ids: Sequence[str], lifetime: int
-    ) -> AsyncIterator[None]:
-        """Make the session own the segments, for the block to name them.
+    ) -> AsyncIterator[int]:
+        """Make the session own the segments, for the block to name them; yield their bytes.
 
         If the block fails for sure, the session owns no more than it names.
 
@@ -293,15 +293,15 @@ class RedisSessions:
             CorruptError: What says which parts a segment has is damaged.
         """
         try:
-            await self._claim(keys.owner(tenant, session_id), segment_ids, lifetime)
-            yield
+            yield await self._claim(keys.owner(tenant, session_id), segment_ids, lifetime)
         except ServiceError:
             await self.release_segments(tenant, session_id, segment_ids)
             raise
 
-    async def _claim(self, owner: str, segment_ids: Sequence[str], lifetime: int) -> None:
+    async def _claim(self, owner: str, segment_ids: Sequence[str], lifetime: int) -> int:
+        """Own the segments; return their bytes."""
         lifetime += owners.SEGMENT_GRACE_MS
-        waiting = list(segment_ids)
+        waiting, size_bytes = list(segment_ids), 0
         while waiting:
             calls = []
             for segment_id, value in (await self._segment_headers(waiting)).items():
@@ -313,6 +313,8 @@ class RedisSessions:
                 if answer == owners.Outcome.INCOMPLETE:
                     raise segment_not_found(segment_id)
             waiting = [name for name, answer in answers.items() if answer < 0]
+            size_bytes += sum(answer for answer in answers.values() if answer > 0)
+        return size_bytes
 
     async def _release(self, owner: str, segment_ids: Iterable[str]) -> None:
         waiting = list(segment_ids)

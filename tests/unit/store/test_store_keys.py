@@ -26,6 +26,13 @@ def test_a_sessions_keys_share_a_slot(tenant: str, session_id: str):
     assert len({slot(name(tenant, session_id)) for name in names}) == 1
 
 
+@given(tenant=NAMES)
+def test_a_tenants_account_shares_a_slot_with_its_list(tenant: str):
+    names = (keys.session_index, keys.account_ends, keys.account_bytes)
+
+    assert len({slot(name(tenant)) for name in names}) == 1
+
+
 @given(segment_id=NAMES, index=st.integers(0, 9999))
 def test_a_segments_keys_share_a_slot(segment_id: str, index: int):
     part = keys.segment_part(segment_id, b"copyname", index)
@@ -48,6 +55,9 @@ def test_names_of_different_things_differ(a: tuple[str, str], b: tuple[str, str]
             keys.turn_results(tenant, other),
             keys.turn_order(tenant, other),
             keys.session_index(tenant),
+            keys.account_ends(tenant),
+            keys.account_bytes(tenant),
+            keys.running_turns(tenant),
             keys.segment_header(other),
             keys.segment_owners(other),
             keys.segment_part(other, b"copyname", 0),
@@ -55,7 +65,7 @@ def test_names_of_different_things_differ(a: tuple[str, str], b: tuple[str, str]
             keys.worker_index(),
         ]
 
-    assert len(set(names(*a))) == 10
+    assert len(set(names(*a))) == 13
     if a != b:
         assert keys.manifest(*a) != keys.manifest(*b)
         assert keys.lease(*a) != keys.lease(*b)

@@ -8,7 +8,7 @@ import pytest
 
 from services.runtime.errors import ConflictError, NotFoundError, UnavailableError
 from services.store.base import SessionStore
-from services.store.lease import finish, turn_lease
+from services.store.lease import counted_turn, finish, turn_lease
 
 WAIT_S = 10.0
 
@@ -103,6 +103,49 @@ async def test_a_lease_that_cannot_be_released_does_not_fail_the_turn() -> None:
         pass
 
     assert store.is_held
+
+
+class TurnStore:
+    """The counted turns of a store."""
+
+    def __init__(self, *renewals: Exception | None, has_room: bool = True) -> None:
+        self.renewals = list(renewals)
+        self.all_renewed = asyncio.Event()
+        self.has_room = has_room
+        self.ended: list[str] = []
+
+    async def begin_turn(self, tenant: str, *, limit: int, ttl_s: float) -> str | None:
+        return "token" if self.has_room else None
+
+    async def renew_turn(self, tenant: str, token: str, *, ttl_s: float) -> None:
+        if not self.renewals:
+            self.all_renewed.set()
+            return
+        if (error := self.renewals.pop(0)) is not None:
+            raise error
+
+    async def end_turn(self, tenant: str, token: str) -> None:
+        self.ended.append(token)
+
+
+async def test_a_turn_is_counted_until_it_ends_although_the_store_goes_away() -> None:
+    store = TurnStore(None, *[UnavailableError("away")] * 5)
+
+    counted = counted_turn(store, "default", limit=1, ttl_s=0.003)  # type: ignore[arg-type]
+    async with counted as has_room:
+        await asyncio.wait_for(store.all_renewed.wait(), WAIT_S)
+
+    assert has_room
+    assert store.ended == ["token"]
+
+
+async def test_a_turn_without_room_is_not_counted() -> None:
+    store = TurnStore(has_room=False)
+
+    async with counted_turn(store, "default", limit=1, ttl_s=1) as has_room:  # type: ignore[arg-type]
+        assert not has_room
+
+    assert store.ended == []
 
 
 async def test_who_waits_gets_the_lease_when_it_is_free() -> None:
