@@ -34,6 +34,7 @@ ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Behavior: TypeAlias = "Callable[[Any, ServicerContext], Awaitable[Any]]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+_READ_REST_S: Final = 10.0
 _OUR_METHODS: Final = "/chunkserve."
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -132,11 +133,13 @@ class ErrorInterceptor(_Interceptor):
             async def guarded(request: Any, context: ServicerContext) -> Any:
                 try:
                     if handler.request_streaming:
-                        request = _parsed(request, details.method)
-                    elif isinstance(request, _Unparsable):
+                        return await behavior(_parsed(request, details.method), context)
+                    if isinstance(request, _Unparsable):
                         raise _unparsable_error(details.method, request)
                     return await behavior(request, context)
                 except ServiceError as error:
+                    if handler.request_streaming:
+                        await _read_rest(request)
                     await _abort(context, error)
                 except grpc.aio.AbortError:
                     raise  # the status is on its way already
@@ -228,6 +231,15 @@ async def _parsed(requests: AsyncIterator[Any], method: str) -> AsyncIterator[An
         if isinstance(request, _Unparsable):
             raise _unparsable_error(method, request)
         yield request
+
+
+async def _read_rest(requests: AsyncIterator[Any]) -> None:
+    """Read what a refused caller still sends, for a while: Python's gRPC forgets the status if it
+    comes during a write."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_READ_REST_S):
+            async for _ in requests:
+                pass
 
 
 def _unparsable_error(method: str, request: _Unparsable) -> InvalidRequestError:
