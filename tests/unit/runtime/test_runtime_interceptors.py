@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from chunkserve.v1 import inference_pb2, session_pb2, session_pb2_grpc
+from services.runtime import interceptors
 from services.runtime.errors import NotFoundError
 from services.runtime.interceptors import (
     ErrorInterceptor,
@@ -297,6 +298,19 @@ async def test_an_error_in_a_stream_of_requests_becomes_its_status(importer: Any
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await session_pb2_grpc.SessionServiceStub(importer).ImportSession(iter(pieces))
+
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_refused_stream_is_not_read_for_ever(
+    importer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interceptors, "_READ_REST_S", 0.01)
+    call = session_pb2_grpc.SessionServiceStub(importer).ImportSession()
+    await call.write(session_pb2.ImportSessionRequest(new_session_id="taken"))
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(call, WAIT_S)
 
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
