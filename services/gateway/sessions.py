@@ -23,7 +23,7 @@ from services.runtime.errors import NotFoundError
 from services.runtime.interceptors import ServicerContext
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store, StoredManifest
-from services.store.lease import turn_lease
+from services.store.lease import completed, turn_lease
 
 _DEFAULT_PAGE_SIZE: Final = 50
 _READS_AT_ONCE: Final = 16
@@ -104,7 +104,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
 
         lease_ttl_s = self._settings.lease_ttl_s
         async with turn_lease(self._store, self._tenant, request.session_id, ttl_s=lease_ttl_s):
-            await self._store.delete_manifest(self._tenant, request.session_id)
+            await completed(self._store.delete_manifest(self._tenant, request.session_id))
 
         return session_pb2.DeleteSessionResponse()
 
@@ -160,12 +160,14 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         ttl_s = validation.seconds(manifest.ttl)
 
         body = manifest.SerializeToString()
-        await self._store.create_manifest(
-            self._tenant,
-            manifest.session_id,
-            body,
-            ttl_s=ttl_s,
-            segment_ids=[segment.segment_id for segment in manifest.segments],
+        await completed(
+            self._store.create_manifest(
+                self._tenant,
+                manifest.session_id,
+                body,
+                ttl_s=ttl_s,
+                segment_ids=[segment.segment_id for segment in manifest.segments],
+            )
         )
 
         stored = StoredManifest(body=body, version=1, expires_in_s=ttl_s)

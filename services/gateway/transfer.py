@@ -30,7 +30,7 @@ from services.runtime.errors import (
     NotFoundError,
 )
 from services.store.base import SegmentOwner, Store, StoredManifest
-from services.store.lease import finish
+from services.store.lease import completed, finish
 
 
 async def export_session(
@@ -86,8 +86,10 @@ async def import_session(
             await segments.take(segment, pieces, manifest.model_fingerprint)
         await pieces.expect_end()
         body = manifest.SerializeToString()
-        await store.create_manifest(
-            tenant, manifest.session_id, body, ttl_s=ttl_s, segment_ids=segments.stored_ids
+        await completed(
+            store.create_manifest(
+                tenant, manifest.session_id, body, ttl_s=ttl_s, segment_ids=segments.stored_ids
+            )
         )
     except BaseException:
         await finish("import.discard", segments.discard())
@@ -182,14 +184,16 @@ class _SegmentWriter:
             for index in range(num_parts):
                 part = await pieces.next("segment_part")
                 header.check_part(index, part)
-                await self._store.write_part(copy, index, part, ttl_s=self._ttl_s)
-            await self._store.publish_copy(
-                copy, named, num_parts, ttl_s=self._ttl_s, owner=self._owner
+                await completed(self._store.write_part(copy, index, part, ttl_s=self._ttl_s))
+            self.stored_ids.append(segment.segment_id)
+            await completed(
+                self._store.publish_copy(
+                    copy, named, num_parts, ttl_s=self._ttl_s, owner=self._owner
+                )
             )
         except BaseException:
             await finish("import.discard", self._store.discard_copy(copy, num_parts))
             raise
-        self.stored_ids.append(segment.segment_id)
 
     async def discard(self) -> None:
         await self._store.release_segments(*self._owner, self.stored_ids)

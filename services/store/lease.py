@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from services.runtime.errors import ConflictError, ServiceError, UnavailableError
 from services.runtime.telemetry import get_logger
@@ -19,6 +19,8 @@ from services.store.base import SessionStore
 
 _FIRST_PAUSE_S: Final = 0.01
 _LONGEST_PAUSE_S: Final = 0.25
+
+_T = TypeVar("_T")
 
 _log = get_logger()
 
@@ -98,6 +100,31 @@ async def counted_turn(
         return
     async with _held(token, renew, give_back, ttl_s):
         yield True
+
+
+async def completed(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run work to its end, also if the caller is cancelled meanwhile, and return its result.
+
+    For what must not happen by halves, or after what cleans up behind it: a command that was sent
+    to a store cannot be called back.
+
+    Args:
+        work: Ends by itself within a bounded time.
+
+    Raises:
+        CancelledError: The caller was cancelled; the work has ended before.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # was looked at: the cancellation counts
+        raise cancelled
+    return task.result()
 
 
 async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:

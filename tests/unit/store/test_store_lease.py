@@ -8,7 +8,7 @@ import pytest
 
 from services.runtime.errors import ConflictError, NotFoundError, UnavailableError
 from services.store.base import SessionStore
-from services.store.lease import counted_turn, finish, turn_lease
+from services.store.lease import completed, counted_turn, finish, turn_lease
 
 WAIT_S = 10.0
 
@@ -197,6 +197,39 @@ async def test_who_is_cancelled_while_the_lease_is_taken_leaves_none(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not store.is_held
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_that_must_be_complete_ends_before_a_cancellation(fails: bool) -> None:
+    has_started, may_end, has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        has_started.set()
+        await may_end.wait()
+        has_ended.set()
+        if fails:
+            raise NotFoundError("gone")
+
+    task = asyncio.create_task(completed(work()))
+    await has_started.wait()
+    task.cancel()
+    await asyncio.sleep(0)  # lets the cancellation in
+    may_end.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert has_ended.is_set()
+
+
+async def test_work_that_is_not_cancelled_has_its_own_outcome() -> None:
+    async def work(error: Exception | None) -> int:
+        if error is not None:
+            raise error
+        return 7
+
+    assert await completed(work(None)) == 7
+    with pytest.raises(NotFoundError, match="gone"):
+        await completed(work(NotFoundError("gone")))
 
 
 async def test_a_cleanup_runs_to_its_end_also_when_cancelled_twice() -> None:
