@@ -175,6 +175,44 @@ async def test_a_fork_that_cannot_be_is_refused(
     assert caught.value.code() is code
 
 
+class RacingStore:
+    """A store in which the original loses its last segment while it is forked."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._has_raced = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def create_manifest(self, *args: Any, **kwargs: Any) -> None:
+        if not self._has_raced:
+            self._has_raced = True
+            stored = await self._store.get_manifest("default", "s-1")
+            manifest = manifest_pb2.Manifest.FromString(stored.body)
+            dropped = manifest.segments.pop()
+            await self._store.commit_manifest(
+                "default",
+                "s-1",
+                manifest.SerializeToString(),
+                expected_version=stored.version,
+                ttl_s=60,
+                segment_ids=[segment.segment_id for segment in manifest.segments],
+                dropped_segment_ids=[dropped.segment_id],
+            )
+        await self._store.create_manifest(*args, **kwargs)
+
+
+async def test_a_fork_of_a_session_that_changes_meanwhile_has_its_newer_state(
+    store: Store,
+) -> None:
+    async with FakeCluster(RacingStore(store)) as cluster:  # type: ignore[arg-type]
+        made = await fork(cluster, new_session_id="s-2")
+
+        assert made.segments == (await shown(cluster, "s-1")).segments
+        assert len(made.segments) == 1
+
+
 # Exports
 
 

@@ -14,8 +14,10 @@ from services.runtime.errors import (
     CorruptError,
     NotFoundError,
 )
-from services.store import Store, keys
+from services.store import Store, keys, segments
 from services.store.base import SegmentOwner, TurnRecord
+from services.store.connect import parse_store_url
+from services.store.redis import RedisStore
 
 TTL_S = 60.0
 
@@ -308,6 +310,52 @@ async def test_sessions_come_and_go_around_one_segment(store: Store, server):
 
     await store.delete_manifest("default", session_ids[-1])
     assert server.holders() == {}
+
+
+class StaleStore(RedisStore):
+    """A store that reads headers as they were a moment ago, once."""
+
+    stale: dict[str, bytes | None] | None = None
+
+    async def _segment_headers(self, segment_ids: Sequence[str]) -> dict[str, bytes | None]:
+        headers = await super()._segment_headers(segment_ids)
+        stale, self.stale = self.stale, None
+        return headers if stale is None else stale
+
+
+async def replaced(store: Store, server) -> dict[str, bytes | None]:
+    """Store another copy of ``a``; return what its header's key held before."""
+    put(store, "a")
+    key, node = server.only_key(ending="{a}:header")
+    before = node.get(key)
+    store.delete_segments(["a"])
+    put(store, "a")
+    return {"a": before}
+
+
+async def test_a_copy_that_was_replaced_meanwhile_is_looked_at_again(server):
+    store = StaleStore(parse_store_url(server.url))
+    await create(store, "s")
+
+    store.stale = await replaced(store, server)
+    assert await commit(store, "s", "a") == 2
+    assert store.stale is None
+
+    store.stale = await replaced(store, server)
+    await store.delete_manifest("default", "s")
+    assert names(server, "a") == []
+    await store.close()
+
+
+async def test_a_copy_that_was_replaced_meanwhile_is_found(
+    store: Store, server, monkeypatch: pytest.MonkeyPatch
+):
+    stale = list((await replaced(store, server)).values())
+    read = segments._read
+    monkeypatch.setattr(segments, "_read", lambda *args: stale.pop() if stale else read(*args))
+
+    assert has(store, "a")
+    assert stale == []
 
 
 # Results of turns
