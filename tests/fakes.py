@@ -7,14 +7,17 @@ connections and the store are real.
 from __future__ import annotations
 
 import asyncio
+import json
+import struct
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import grpc.aio
+import xxhash
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
@@ -35,7 +38,7 @@ from services.gateway.app import Gateway
 from services.gateway.config import GatewaySettings
 from services.runtime.interceptors import ServicerContext, current_request_id
 from services.runtime.server import GrpcServer, open_channel
-from services.store.base import Store, WorkerInfo
+from services.store.base import SegmentOwner, Store, TurnRecord, WorkerInfo
 
 MODEL = "fake-model"
 FINGERPRINT = "fake-fingerprint"
@@ -204,31 +207,39 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         if self.errors_at_end:
             raise self.errors_at_end.pop()
         manifest.token_ids.extend(ANSWER[request.num_resumed_tokens :])
-        version = await self._commit(manifest) if manifest.session_id else 0
-        yield decode_pb2.DecodeResponse(
-            finish=types_pb2.Finish(
-                reason=types_pb2.FINISH_REASON_EOS,
-                num_generated_tokens=len(ANSWER),
-                num_total_tokens=len(manifest.token_ids),
-                session_version=version,
-            )
+        finish = types_pb2.Finish(
+            reason=types_pb2.FINISH_REASON_EOS,
+            num_generated_tokens=len(ANSWER),
+            num_total_tokens=len(manifest.token_ids),
+            session_version=manifest.version + 1 if manifest.session_id else 0,
         )
+        if manifest.session_id:
+            await self._commit(request, finish)
+        yield decode_pb2.DecodeResponse(finish=finish)
 
-    async def _commit(self, manifest: manifest_pb2.Manifest) -> int:
+    async def _commit(self, request: decode_pb2.DecodeRequest, finish: types_pb2.Finish) -> None:
+        manifest = request.manifest
         read_version = manifest.version
+        result = manifest_pb2.TurnResult(
+            request_digest=request.request_digest,
+            num_prompt_tokens=len(manifest.token_ids) - len(ANSWER),
+            answer=types_pb2.TokenDelta(text=ANSWER.decode(), token_ids=ANSWER),
+            finish=finish,
+        )
         await store_fake_segment(
             self._store, manifest, len(manifest.token_ids) - num_cached(manifest)
         )
         manifest.num_turns += 1
         manifest.last_decode_worker = self._worker_id
         manifest.version = read_version + 1
-        return await self._store.commit_manifest(
+        await self._store.commit_manifest(
             manifest.tenant,
             manifest.session_id,
             manifest.SerializeToString(),
             expected_version=read_version,
             ttl_s=manifest.ttl.seconds,
             segment_ids=[segment.segment_id for segment in manifest.segments],
+            result=TurnRecord(request.request_id, result.SerializeToString()),
         )
 
 
@@ -371,10 +382,37 @@ async def store_fake_segment(store: Store, manifest: manifest_pb2.Manifest, span
         size_bytes=10 * span,
     )
     ttl_s = manifest.ttl.seconds
+    owner = SegmentOwner(manifest.tenant, manifest.session_id) if manifest.session_id else None
+    parts = [b"keys", b"values"]
+    header = fake_header(segment, manifest.model_fingerprint, parts)
     await asyncio.to_thread(
-        store.put_segment, segment.segment_id, b"header", [b"part"], ttl_s=ttl_s
+        store.put_segment, segment.segment_id, header, parts, ttl_s=ttl_s, owner=owner
     )
     manifest.segments.append(segment)
+
+
+def fake_header(
+    segment: session_pb2.Segment, fingerprint: str, parts: Sequence[bytes], **fields: Any
+) -> bytes:
+    """Return a header as far as the gateway reads it; ``fields`` replace what it says."""
+    body = {
+        "identity": segment.segment_id,
+        "part_sizes": [len(part) for part in parts],
+        "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
+        "shape": {
+            "fingerprint": fingerprint,
+            "first_token": segment.first_token,
+            "num_tokens": segment.num_tokens,
+        },
+        **fields,
+    }
+    return sealed_header(json.dumps(body).encode())
+
+
+def sealed_header(body: bytes) -> bytes:
+    """Return a header of any body, its checksum right."""
+    checksum = xxhash.xxh3_64_intdigest(body)
+    return struct.pack("<4sHIQ", b"CKV\x01", 1, len(body), checksum) + body
 
 
 def error_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:

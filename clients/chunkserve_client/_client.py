@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 import grpc
 
@@ -13,12 +13,16 @@ from chunkserve_client._connection import DEFAULT_ADDRESS, ClientOptions, Connec
 from chunkserve_client._generation import Generation
 from chunkserve_client._session import (
     Session,
+    compress_session,
     delete_session,
     fetch_session,
+    fork_session,
     start_generation,
 )
+from chunkserve_client._transfer import export_session, import_session
 from chunkserve_client._types import (
     Compression,
+    CompressionResult,
     GenerateOptions,
     Message,
     Model,
@@ -147,11 +151,89 @@ class Client:
         """
         await delete_session(self._connection, session_id)
 
+    async def fork_session(
+        self, session_id: str, new_session_id: str | None = None, *, ttl_s: float | None = None
+    ) -> Session:
+        """Make a session that continues another one from its present state. Copies no KV.
+
+        Args:
+            session_id: The session to continue.
+            new_session_id: 1 to 64 characters of ``[a-zA-Z0-9._-]``. ``None``: the server makes
+                one.
+            ttl_s: Seconds that it lives after each use. ``None``: as long as the other one.
+
+        Raises:
+            SessionNotFound: There is no session to continue.
+            AlreadyExists: There is a session of the new id.
+            Overloaded: The quota of sessions is used up.
+        """
+        return await fork_session(self._connection, session_id, new_session_id, ttl_s)
+
+    async def compress_session(
+        self, session_id: str, compression: Compression
+    ) -> CompressionResult:
+        """Compress a stored session further, without the model. What was dropped is gone.
+
+        Args:
+            session_id: The session.
+            compression: A budget (``keep_ratio`` or ``max_kept_tokens``), a ``precision``, or
+                both; nothing else.
+
+        Raises:
+            SessionNotFound: There is none, or it has expired.
+            SessionBusy: A turn is running.
+            Mismatch: Its segments hold no scores.
+        """
+        return await compress_session(self._connection, session_id, compression)
+
+    def export_session(
+        self, session_id: str, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes]:
+        """Stream a session out, for a backup or for :meth:`import_session` on another cluster.
+
+            with open("chat.session", "wb") as file:
+                async for data in client.export_session("chat"):
+                    file.write(data)
+
+        Args:
+            session_id: The session.
+            timeout_s: Deadline of the whole stream; the client's if left out.
+
+        Raises:
+            SessionNotFound: There is none, or it has expired.
+            NotFound: A part of it has expired.
+            SessionBusy: It was changed meanwhile; try again.
+        """
+        return export_session(self._connection, session_id, timeout_s)
+
+    async def import_session(
+        self,
+        data: AsyncIterable[bytes] | Iterable[bytes],
+        session_id: str | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Session:
+        """Store a session that :meth:`export_session` streamed out; all or nothing.
+
+        Args:
+            data: The bytes, cut anywhere: an open file, for one.
+            session_id: Its id. ``None``: the exported one.
+            timeout_s: Deadline of the whole stream; the client's if left out.
+
+        Raises:
+            InvalidRequest: It is no export.
+            DataLoss: It is damaged, or was cut off.
+            AlreadyExists: There is a session of this id.
+            Overloaded: A quota is used up, or the store is full.
+        """
+        session = await import_session(self._connection, data, session_id, timeout_s)
+        return Session(self._connection, session_from_wire(session))
+
     async def count_tokens(
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[Message | Mapping[str, str]] | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] | None = None,
         text: str | None = None,
         token_ids: Sequence[int] | None = None,
         model: str | None = None,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import Unpack
 
 from chunkserve.v1 import session_pb2
 from chunkserve_client._connection import Connection, checked_timeout, new_request_id
 from chunkserve_client._generation import Generation
-from chunkserve_client._types import GenerateOptions, SessionInfo
-from chunkserve_client._wire import generate_request, refusing, session_from_wire
+from chunkserve_client._transfer import export_session
+from chunkserve_client._types import Compression, CompressionResult, GenerateOptions, SessionInfo
+from chunkserve_client._wire import (
+    compress_session_request,
+    compression_result_from_wire,
+    fork_session_request,
+    generate_request,
+    refusing,
+    session_from_wire,
+)
 
 
 class Session:
@@ -44,6 +53,22 @@ class Session:
         self._info = await fetch_session(self._connection, self.session_id)
         return self._info
 
+    async def fork(
+        self, new_session_id: str | None = None, *, ttl_s: float | None = None
+    ) -> Session:
+        """Make a session that continues this one. See :meth:`Client.fork_session`."""
+        return await fork_session(self._connection, self.session_id, new_session_id, ttl_s)
+
+    async def compress(self, compression: Compression) -> CompressionResult:
+        """Compress what is stored further. See :meth:`Client.compress_session`."""
+        result = await compress_session(self._connection, self.session_id, compression)
+        self._info = result.info
+        return result
+
+    def export(self, *, timeout_s: float | None = None) -> AsyncGenerator[bytes]:
+        """Stream the session out. See :meth:`Client.export_session`."""
+        return export_session(self._connection, self.session_id, timeout_s)
+
     async def delete(self) -> None:
         """Delete the session.
 
@@ -74,6 +99,30 @@ async def fetch_session(connection: Connection, session_id: str) -> SessionInfo:
         request = session_pb2.GetSessionRequest(session_id=session_id)
     answer = await connection.unary(connection.sessions.GetSession, request, is_retried=True)
     return session_from_wire(answer.session)
+
+
+async def fork_session(
+    connection: Connection, session_id: str, new_session_id: str | None, ttl_s: float | None
+) -> Session:
+    """Fork a session. Not retried: a second attempt could meet what the first one made."""
+    answer = await connection.unary(
+        connection.sessions.ForkSession,
+        fork_session_request(session_id, new_session_id, ttl_s),
+        is_retried=False,
+    )
+    return Session(connection, session_from_wire(answer.session))
+
+
+async def compress_session(
+    connection: Connection, session_id: str, compression: Compression
+) -> CompressionResult:
+    """Compress a session. Not retried: a second attempt would keep a fraction of a fraction."""
+    answer = await connection.unary(
+        connection.sessions.CompressSession,
+        compress_session_request(session_id, compression),
+        is_retried=False,
+    )
+    return compression_result_from_wire(answer)
 
 
 async def delete_session(connection: Connection, session_id: str) -> None:

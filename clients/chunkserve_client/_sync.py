@@ -6,9 +6,9 @@ The work is the asynchronous client's, on a thread with an event loop.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from chunkserve_client._client import Client
 from chunkserve_client._connection import DEFAULT_ADDRESS, ClientOptions
@@ -17,6 +17,7 @@ from chunkserve_client._portal import Portal
 from chunkserve_client._session import Session
 from chunkserve_client._types import (
     Compression,
+    CompressionResult,
     Event,
     Finish,
     GenerateOptions,
@@ -126,6 +127,19 @@ class SyncSession:
         """Ask the server for the session as it is now."""
         return self._portal.run(self._session.refresh())
 
+    def fork(self, new_session_id: str | None = None, *, ttl_s: float | None = None) -> SyncSession:
+        """Make a session that continues this one. See :meth:`Client.fork_session`."""
+        forked = self._portal.run(self._session.fork(new_session_id, ttl_s=ttl_s))
+        return SyncSession(self._portal, forked)
+
+    def compress(self, compression: Compression) -> CompressionResult:
+        """Compress what is stored further. See :meth:`Client.compress_session`."""
+        return self._portal.run(self._session.compress(compression))
+
+    def export(self, *, timeout_s: float | None = None) -> Iterator[bytes]:
+        """Stream the session out. See :meth:`Client.export_session`."""
+        return self._portal.iterate(self._session.export(timeout_s=timeout_s))
+
     def delete(self) -> None:
         """Delete the session."""
         self._portal.run(self._session.delete())
@@ -185,11 +199,42 @@ class SyncClient:
         """Delete a session. See :meth:`Client.delete_session`."""
         self._portal.run(self._client.delete_session(session_id))
 
+    def fork_session(
+        self, session_id: str, new_session_id: str | None = None, *, ttl_s: float | None = None
+    ) -> SyncSession:
+        """Make a session that continues another one. See :meth:`Client.fork_session`."""
+        forked = self._portal.run(
+            self._client.fork_session(session_id, new_session_id, ttl_s=ttl_s)
+        )
+        return SyncSession(self._portal, forked)
+
+    def compress_session(self, session_id: str, compression: Compression) -> CompressionResult:
+        """Compress a stored session further. See :meth:`Client.compress_session`."""
+        return self._portal.run(self._client.compress_session(session_id, compression))
+
+    def export_session(self, session_id: str, *, timeout_s: float | None = None) -> Iterator[bytes]:
+        """Stream a session out. See :meth:`Client.export_session`."""
+        exported = self._client.export_session(session_id, timeout_s=timeout_s)
+        return self._portal.iterate(exported)
+
+    def import_session(
+        self,
+        data: Iterable[bytes],
+        session_id: str | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> SyncSession:
+        """Store a session that was streamed out. See :meth:`Client.import_session`."""
+        imported = self._portal.run(
+            self._client.import_session(data, session_id, timeout_s=timeout_s)
+        )
+        return SyncSession(self._portal, imported)
+
     def count_tokens(
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[Message | Mapping[str, str]] | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] | None = None,
         text: str | None = None,
         token_ids: Sequence[int] | None = None,
         model: str | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +15,13 @@ class Message:
     Attributes:
         role: ``system``, ``user`` or ``assistant``, as the model's chat template names them.
         content: What is said.
+        cache_breakpoint: Ends a prefix that other sessions share: whoever begins with the same
+            messages up to here finds their KV cache in the store.
     """
 
     role: str
     content: str
+    cache_breakpoint: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Compression:
     Attributes:
         keep_ratio: Fraction of tokens that are kept, in ``(0, 1]``; 1 keeps the whole cache.
         max_kept_tokens: Number of tokens that are kept at most. Not together with ``keep_ratio``.
-        scorer: How importance is measured: ``window``.
+        scorer: How importance is measured: ``window``, ``reconstruction``, ``key_diff``.
         unit: What is kept or dropped as one: ``chunk`` or ``token``.
         scope: Who shares one list of kept positions: ``head``, ``layer``, ``group``, ``global``.
         chunk_size: Tokens in a chunk, at least 1.
@@ -37,6 +40,9 @@ class Compression:
         reuse_interval: Neighbouring layers that share one list with scope ``group``.
         max_kv_tokens: KV tokens kept at most while an answer is generated, those of the
             conversation before it included.
+        precision: How the kept keys and values are stored: ``native``, ``fp8``, ``int8``, ``int4``.
+        prefix_scorer: How importance is measured in a prefix that ends with a
+            ``cache_breakpoint``.
     """
 
     keep_ratio: float | None = None
@@ -49,6 +55,8 @@ class Compression:
     sink_tokens: int | None = None
     reuse_interval: int | None = None
     max_kv_tokens: int | None = None
+    precision: str | None = None
+    prefix_scorer: str | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -79,12 +87,15 @@ class GenerateOptions(TypedDict, total=False):
         compression: How this prompt's KV cache is compressed.
         model: The model to ask.
         timeout_s: Deadline of the whole answer; the client's if left out.
-        request_id: Names the request in logs; made up if left out.
+        request_id: Names the request; made up if left out. Sent again to the same session, it
+            returns the stored result of the turn instead of running it twice.
+        wait_if_busy: Waits for another turn of the session, up to the deadline, instead of
+            raising ``SessionBusy``.
         avoid_worker: Id of a decode worker that must not answer if another one can, to see that
             any of them does.
     """
 
-    messages: Sequence[Message | Mapping[str, str]] | None
+    messages: Sequence[Message | Mapping[str, Any]] | None
     text: str | None
     token_ids: Sequence[int] | None
     max_tokens: int | None
@@ -106,6 +117,7 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     timeout_s: float | None
     request_id: str | None
+    wait_if_busy: bool | None
     avoid_worker: str | None
 
 
@@ -129,6 +141,11 @@ class PromptInfo:
         fetch_ms: Milliseconds to fetch and verify the segments.
         prefill_worker: Id of the prefill worker.
         decode_worker: Id of the decode worker.
+        rebuilt: Whether stored KV was missing or damaged and had to be computed again.
+        num_rebuilt_tokens: Of the prompt tokens, those computed again for that.
+        num_shared_tokens: Of the reused tokens, those of this input whose KV another session, or
+            an earlier try, had computed.
+        replayed: Whether this is the stored result of an earlier request of the same id.
     """
 
     request_id: str
@@ -146,6 +163,10 @@ class PromptInfo:
     fetch_ms: float
     prefill_worker: str
     decode_worker: str
+    rebuilt: bool = False
+    num_rebuilt_tokens: int = 0
+    num_shared_tokens: int = 0
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +264,29 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class Recompression:
+    """How a stored segment was compressed further, and what it had before.
+
+    Attributes:
+        max_kept_tokens: KV tokens that it was cut to at most, in each list; 0: all are there.
+        precision: How its keys and values are stored now; ``None``: as before.
+        original_kept_tokens: KV tokens that it had before, all layers averaged.
+        original_bytes: Bytes that it had before.
+        original_segment_id: Name of the segment that it was made of.
+        by_pressure: Whether the server did this by itself, because memory was short.
+        time: When it was done last.
+    """
+
+    max_kept_tokens: int
+    precision: str | None
+    original_kept_tokens: int
+    original_bytes: int
+    original_segment_id: str
+    by_pressure: bool
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Compressed KV of a contiguous span of tokens.
 
@@ -252,6 +296,11 @@ class Segment:
         num_tokens: Tokens of the span.
         num_kept_tokens: KV tokens kept of them, all layers averaged.
         size_bytes: Bytes stored.
+        kv_bytes: Bytes that it takes where it is used, in the model's own precision; 0: as many as
+            are stored.
+        compression: The policy that it was compressed by; ``None``: it was stored whole.
+        recompression: What was done to it later, without the model; ``None``: nothing.
+        is_prefix: Whether it ends with a ``cache_breakpoint``.
     """
 
     segment_id: str
@@ -259,6 +308,10 @@ class Segment:
     num_tokens: int
     num_kept_tokens: int
     size_bytes: int
+    kv_bytes: int = 0
+    compression: Compression | None = None
+    recompression: Recompression | None = None
+    is_prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +347,21 @@ class SessionInfo:
     expire_time: datetime
     ttl_s: float
     segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionResult:
+    """What compressing a session further made of it.
+
+    Attributes:
+        info: The session as it is now.
+        original_bytes: Bytes of its segments before.
+        original_kept_tokens: Kept tokens before, all layers averaged.
+    """
+
+    info: SessionInfo
+    original_bytes: int
+    original_kept_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

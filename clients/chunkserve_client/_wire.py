@@ -11,12 +11,14 @@ from typing import Any
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from chunkserve_client._types import (
     Compression,
+    CompressionResult,
     Event,
     Finish,
     GenerateOptions,
     Message,
     Model,
     PromptInfo,
+    Recompression,
     Segment,
     SessionInfo,
     TokenDelta,
@@ -59,6 +61,7 @@ def generate_request(
             sampling=_sampling(options),
             request_id=request_id,
             model=options.get("model") or "",
+            wait_if_busy=options.get("wait_if_busy") or False,
         )
         compression = options.get("compression")
         if compression is not None:
@@ -76,7 +79,7 @@ def generate_request(
 def set_input(
     request: Input,
     prompt: str | None,
-    messages: Sequence[Message | Mapping[str, str]] | None,
+    messages: Sequence[Message | Mapping[str, Any]] | None,
     text: str | None,
     token_ids: Sequence[int] | None,
 ) -> None:
@@ -138,6 +141,8 @@ def compression_to_wire(compression: Compression) -> types_pb2.CompressionPolicy
             sink_tokens=compression.sink_tokens,
             reuse_interval=compression.reuse_interval,
             max_kv_tokens=compression.max_kv_tokens,
+            precision=_number(types_pb2.Precision, "PRECISION", compression.precision),
+            prefix_scorer=_number(types_pb2.Scorer, "SCORER", compression.prefix_scorer),
         )
 
 
@@ -160,6 +165,8 @@ def compression_from_wire(policy: types_pb2.CompressionPolicy) -> Compression:
         sink_tokens=optional("sink_tokens"),
         reuse_interval=optional("reuse_interval"),
         max_kv_tokens=optional("max_kv_tokens"),
+        precision=_choice(types_pb2.Precision, "PRECISION", policy.precision),
+        prefix_scorer=_choice(types_pb2.Scorer, "SCORER", policy.prefix_scorer),
     )
 
 
@@ -183,6 +190,48 @@ def create_session_request(
     return request
 
 
+def fork_session_request(
+    session_id: str, new_session_id: str | None, ttl_s: float | None
+) -> session_pb2.ForkSessionRequest:
+    """Build the request of a fork.
+
+    Raises:
+        InvalidRequest: A value does not fit into its field.
+    """
+    with refusing():
+        request = session_pb2.ForkSessionRequest(
+            session_id=session_id, new_session_id=new_session_id or ""
+        )
+        if ttl_s is not None:
+            request.ttl.FromTimedelta(timedelta(seconds=ttl_s))
+    return request
+
+
+def compress_session_request(
+    session_id: str, compression: Compression
+) -> session_pb2.CompressSessionRequest:
+    """Build the request to compress a session further.
+
+    Raises:
+        InvalidRequest: A value does not fit into its field.
+    """
+    with refusing():
+        return session_pb2.CompressSessionRequest(
+            session_id=session_id, compression=compression_to_wire(compression)
+        )
+
+
+def compression_result_from_wire(
+    response: session_pb2.CompressSessionResponse,
+) -> CompressionResult:
+    """Return the outcome as data."""
+    return CompressionResult(
+        session_from_wire(response.session),
+        response.original_bytes,
+        response.original_kept_tokens,
+    )
+
+
 def session_from_wire(session: session_pb2.Session) -> SessionInfo:
     """Return the session as data."""
     compression = None
@@ -201,7 +250,7 @@ def session_from_wire(session: session_pb2.Session) -> SessionInfo:
         update_time=session.update_time.ToDatetime(tzinfo=UTC),
         expire_time=session.expire_time.ToDatetime(tzinfo=UTC),
         ttl_s=session.ttl.ToTimedelta().total_seconds(),
-        segments=tuple(Segment(**_same_names(Segment, s)) for s in session.segments),
+        segments=tuple(_segment(segment) for segment in session.segments),
     )
 
 
@@ -227,6 +276,23 @@ def _sampling(options: Mapping[str, Any]) -> types_pb2.SamplingParams:
     return types_pb2.SamplingParams(**values)
 
 
+def _segment(segment: session_pb2.Segment) -> Segment:
+    values = _same_names(Segment, segment)
+    values["compression"] = values["recompression"] = None
+    if segment.HasField("compression"):
+        values["compression"] = compression_from_wire(segment.compression)
+    if segment.HasField("recompression"):
+        done = segment.recompression
+        values["recompression"] = Recompression(
+            **{
+                **_same_names(Recompression, done),
+                "precision": _choice(types_pb2.Precision, "PRECISION", done.precision),
+                "time": done.time.ToDatetime(tzinfo=UTC),
+            }
+        )
+    return Segment(**values)
+
+
 def _token_logprob(logprob: types_pb2.TokenLogprob) -> TokenLogprob:
     top = tuple(TopLogprob(each.token_id, each.logprob) for each in logprob.top_logprobs)
     return TokenLogprob(logprob.token_id, logprob.logprob, top)
@@ -234,7 +300,11 @@ def _token_logprob(logprob: types_pb2.TokenLogprob) -> TokenLogprob:
 
 def _message(message: Message | Mapping[str, Any]) -> types_pb2.ChatMessage:
     if isinstance(message, Message):
-        return types_pb2.ChatMessage(role=message.role, content=message.content)
+        return types_pb2.ChatMessage(
+            role=message.role,
+            content=message.content,
+            cache_breakpoint=message.cache_breakpoint,
+        )
     return types_pb2.ChatMessage(**message)
 
 

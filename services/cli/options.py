@@ -70,7 +70,18 @@ MaxKeptTokens = Annotated[
     int | None,
     typer.Option(help="Tokens kept at most, instead.", rich_help_panel=_COMPRESSION),
 ]
-Scorer = Annotated[str | None, typer.Option(help="window", rich_help_panel=_COMPRESSION)]
+Scorer = Annotated[
+    str | None,
+    typer.Option(help="window, reconstruction or key_diff", rich_help_panel=_COMPRESSION),
+]
+PrefixScorer = Annotated[
+    str | None,
+    typer.Option(help="The same, of prefixes that are shared.", rich_help_panel=_COMPRESSION),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="native, fp8, int8 or int4", rich_help_panel=_COMPRESSION),
+]
 Unit = Annotated[str | None, typer.Option(help="chunk or token", rich_help_panel=_COMPRESSION)]
 Scope = Annotated[
     str | None,

@@ -1,8 +1,9 @@
-"""``chunkserve sessions``: list, show, create, delete."""
+"""``chunkserve sessions``: list, show, create, fork, compress, export, import, delete."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 
@@ -13,6 +14,8 @@ from services.cli.output import policy_text, print_json, print_table, remaining,
 app = typer.Typer(no_args_is_help=True, help="Stored conversations.")
 
 _Name = Annotated[str, typer.Argument(metavar="SESSION", help="Id of the session.")]
+_Ttl = Annotated[float | None, typer.Option(min=1.0, help="Seconds that it lives after each use.")]
+_READ_BYTES: Final = 1 << 20
 
 
 @app.command("list")
@@ -80,9 +83,7 @@ def create(
         typer.Argument(metavar="SESSION", help="Its id. Left out: the server makes one."),
     ] = None,
     model: options.ModelName = None,
-    ttl: Annotated[
-        float | None, typer.Option(min=1.0, help="Seconds that it lives after each use.")
-    ] = None,
+    ttl: _Ttl = None,
     keep_ratio: options.KeepRatio = None,
     max_kept_tokens: options.MaxKeptTokens = None,
     scorer: options.Scorer = None,
@@ -93,6 +94,8 @@ def create(
     sink_tokens: options.SinkTokens = None,
     reuse_interval: options.ReuseInterval = None,
     max_kv_tokens: options.MaxKvTokens = None,
+    precision: options.Precision = None,
+    prefix_scorer: options.PrefixScorer = None,
     json: options.Json = False,
     address: options.Address = DEFAULT_ADDRESS,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
@@ -110,14 +113,95 @@ def create(
             sink_tokens=sink_tokens,
             reuse_interval=reuse_interval,
             max_kv_tokens=max_kv_tokens,
+            precision=precision,
+            prefix_scorer=prefix_scorer,
         )
     )
     with options.connect(address, timeout) as client:
         info = client.create_session(session, model=model, compression=compression, ttl_s=ttl).info
+    _print_session(info, as_json=json)
+
+
+@app.command()
+def fork(
+    session: _Name,
+    new_session: Annotated[
+        str | None,
+        typer.Argument(metavar="NEW", help="Id of the fork. Left out: the server makes one."),
+    ] = None,
+    ttl: _Ttl = None,
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Make a session that continues another one, and print its id."""
+    with options.connect(address, timeout) as client:
+        _print_session(client.fork_session(session, new_session, ttl_s=ttl).info, as_json=json)
+
+
+@app.command()
+def compress(
+    session: _Name,
+    keep_ratio: options.KeepRatio = None,
+    max_kept_tokens: options.MaxKeptTokens = None,
+    precision: options.Precision = None,
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Compress a stored session further; what is dropped is gone."""
+    compression = Compression(
+        keep_ratio=keep_ratio, max_kept_tokens=max_kept_tokens, precision=precision
+    )
+    with options.connect(address, timeout) as client:
+        result = client.compress_session(session, compression)
     if json:
-        print_json(info)
-    else:
-        typer.echo(info.session_id)
+        print_json(result)
+        return
+    info = result.info
+    typer.echo(
+        f"{info.session_id}: {result.original_kept_tokens} kept tokens in "
+        f"{size(result.original_bytes)} are now {info.num_kept_tokens} in {size(info.stored_bytes)}"
+    )
+
+
+@app.command("export")
+def export_session(
+    session: _Name,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Write a session to a file, for a backup or another cluster."""
+    # Under another name until it is whole: half an export is none.
+    unfinished = output.with_name(f"{output.name}.part")
+    try:
+        with options.connect(address, timeout) as client, unfinished.open("wb") as file:
+            for data in client.export_session(session):
+                file.write(data)
+        unfinished.replace(output)
+    except OSError as error:
+        raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="--output") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@app.command("import")
+def import_session(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, readable=True)
+    ],
+    session: Annotated[
+        str | None, typer.Option("--session", help="Its id. Left out: the exported one.")
+    ] = None,
+    json: options.Json = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Store a session that was exported, and print its id."""
+    with options.connect(address, timeout) as client, path.open("rb") as file:
+        chunks = iter(lambda: file.read(_READ_BYTES), b"")
+        _print_session(client.import_session(chunks, session).info, as_json=json)
 
 
 @app.command()
@@ -130,6 +214,13 @@ def delete(
     with options.connect(address, timeout) as client:
         for session in sessions:
             client.delete_session(session)
+
+
+def _print_session(info: SessionInfo, *, as_json: bool) -> None:
+    if as_json:
+        print_json(info)
+    else:
+        typer.echo(info.session_id)
 
 
 def _row(info: SessionInfo) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import Counter
@@ -25,11 +25,12 @@ from services.compress.segments import (
     fetched_segments,
     find_segment,
     library_errors,
+    owner_of,
     put_encoded,
 )
 from services.runtime.errors import MismatchError
 from services.store.base import Store
-from services.store.lease import turn_lease
+from services.store.lease import completed, finish, turn_lease
 
 # Changes when segments of the same name would mean something else.
 _ID_VERSION: Final = b"recompressed/1"
@@ -87,12 +88,17 @@ class Compacted:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One session, as it was read, and what is to be done to it."""
+    """One session, as it was read, and what is to be done to it.
+
+    Attributes:
+        made: Names of the segments that were stored, or found, for it.
+    """
 
     manifest: manifest_pb2.Manifest
     target: Target
     ttl_s: float
     by_pressure: bool
+    made: list[str] = field(default_factory=list)
 
 
 class Compactor:
@@ -127,23 +133,38 @@ class Compactor:
             manifest = manifest_pb2.Manifest.FromString(stored.body)
             job = _Job(manifest, target, ttl_s=stored.expires_in_s, by_pressure=by_pressure)
             before = list(manifest.segments)
-            after = await asyncio.to_thread(self._run, job)
-            if after == before:
-                return Compacted(stored.version, before, before)
-            del manifest.segments[:]
-            manifest.segments.extend(after)
-            manifest.version = stored.version + 1
-            # Segments that are named no more expire.
-            version = await self._store.commit_manifest(
-                tenant,
-                session_id,
-                manifest.SerializeToString(),
-                expected_version=stored.version,
-                ttl_s=stored.expires_in_s,
-                segment_ids=[segment.segment_id for segment in after],
-            )
+            try:
+                after = await completed(asyncio.to_thread(self._run, job))
+                if after == before:
+                    return Compacted(stored.version, before, before)
+                version = await self._commit(job, stored.version, after)
+            finally:
+                # Those that the session does not name: it was not committed, or they were of no use.
+                await finish(
+                    "compaction.release",
+                    self._store.release_segments(tenant, session_id, job.made),
+                )
         _count(before, after, by="pressure" if by_pressure else "request")
         return Compacted(version, before, after)
+
+    async def _commit(
+        self, job: _Job, read_version: int, after: Sequence[session_pb2.Segment]
+    ) -> int:
+        manifest = job.manifest
+        named = [segment.segment_id for segment in after]
+        dropped = [s.segment_id for s in manifest.segments if s.segment_id not in named]
+        del manifest.segments[:]
+        manifest.segments.extend(after)
+        manifest.version = read_version + 1
+        return await self._store.commit_manifest(
+            manifest.tenant,
+            manifest.session_id,
+            manifest.SerializeToString(),
+            expected_version=read_version,
+            ttl_s=job.ttl_s,
+            segment_ids=named,
+            dropped_segment_ids=dropped,
+        )
 
     def _run(self, job: _Job) -> list[session_pb2.Segment]:
         """Store the smaller segments and return the manifest's entries for them. Blocks."""
@@ -176,11 +197,12 @@ class Compactor:
         if budget is None and precision is None:
             return segment
         name = recompressed_id(segment.segment_id, max_kept_tokens=budget, precision=precision)
-        made = find_segment(self._store, name, ttl_s=job.ttl_s)
+        job.made.append(name)
+        made = find_segment(self._store, name, ttl_s=job.ttl_s, owner=owner_of(job.manifest))
         if made is None:
             made = self._store_smaller(job, segment, name, budget, precision)
         if budget is None and made.size_bytes >= segment.size_bytes:
-            return segment  # too short for its scales to pay; what was stored expires
+            return segment  # too short for its scales to pay; what was stored is released
         described = session_pb2.Segment()
         described.CopyFrom(segment)
         described.segment_id = made.segment_id
@@ -202,7 +224,8 @@ class Compactor:
         fetched = fetched_segments(self._store, [segment], fingerprint=fingerprint, pool=self._pool)
         with fetched as spans, library_errors():
             smaller = chunkkv.recompress(spans.kv[0], max_kept_tokens=budget, precision=precision)
-            return put_encoded(self._store, encode_as(smaller, name), ttl_s=job.ttl_s)
+            encoded = encode_as(smaller, name, owner=owner_of(job.manifest))
+            return put_encoded(self._store, encoded, ttl_s=job.ttl_s)
 
 
 def recompressed_id(

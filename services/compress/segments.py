@@ -23,7 +23,7 @@ from services.runtime.errors import (
     NotFoundError,
 )
 from services.runtime.telemetry import get_logger
-from services.store.base import SegmentStore
+from services.store.base import SegmentOwner, SegmentStore
 
 _log = get_logger()
 
@@ -38,10 +38,12 @@ class EncodedSegment:
     Attributes:
         segment: The manifest's entry.
         encoded: Header and parts; the parts may be views of the span's memory.
+        owner: The session that is about to name it; ``None`` for a one-off request.
     """
 
     segment: session_pb2.Segment
     encoded: chunkkv.EncodedKV
+    owner: SegmentOwner | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +137,16 @@ def encode_segment(kv: chunkkv.CompressedKV, manifest: manifest_pb2.Manifest) ->
         policy=kv.shape.policy,
         fingerprint=kv.shape.fingerprint,
     )
-    return encode_as(kv, name)
+    return encode_as(kv, name, owner=owner_of(manifest))
 
 
-def encode_as(kv: chunkkv.CompressedKV, name: str) -> EncodedSegment:
+def encode_as(
+    kv: chunkkv.CompressedKV, name: str, *, owner: SegmentOwner | None = None
+) -> EncodedSegment:
     """Encode a span under a name; see ``encode_segment``."""
     with library_errors():
         encoded = chunkkv.encode(kv, identity=name)
-    return EncodedSegment(describe(name, kv.shape, encoded.size_bytes), encoded)
+    return EncodedSegment(describe(name, kv.shape, encoded.size_bytes), encoded, owner)
 
 
 def put_encoded(
@@ -158,15 +162,27 @@ def put_encoded(
         MismatchError: Something else is stored under this name.
     """
     name = encoded.segment.segment_id
-    found = find_segment(store, name, ttl_s=ttl_s)
+    found = find_segment(store, name, ttl_s=ttl_s, owner=encoded.owner)
     if found is not None:
         return found
-    store.put_segment(name, encoded.encoded.header, encoded.encoded.parts, ttl_s=ttl_s)
+    header, parts = encoded.encoded.header, encoded.encoded.parts
+    store.put_segment(name, header, parts, ttl_s=ttl_s, owner=encoded.owner)
     return encoded.segment
 
 
-def find_segment(store: SegmentStore, name: str, *, ttl_s: float) -> session_pb2.Segment | None:
+def owner_of(manifest: manifest_pb2.Manifest) -> SegmentOwner | None:
+    """Return whose the segments of a manifest are; a one-off request's are nobody's."""
+    if not manifest.session_id:
+        return None
+    return SegmentOwner(manifest.tenant, manifest.session_id)
+
+
+def find_segment(
+    store: SegmentStore, name: str, *, ttl_s: float, owner: SegmentOwner | None = None
+) -> session_pb2.Segment | None:
     """Return the segment of this name if the store has it, its life extended.
+
+    It is reserved for ``owner``: nobody frees it before the session that is about to name it does.
 
     One with a damaged header counts as absent, so that it is computed again and replaced: nobody
     who needs the same span has to wait until it expires. Parts are not looked at.
@@ -175,7 +191,7 @@ def find_segment(store: SegmentStore, name: str, *, ttl_s: float) -> session_pb2
         MismatchError: Something else is stored under this name.
     """
     try:
-        if not store.has_segment(name, ttl_s=ttl_s):
+        if not store.has_segment(name, ttl_s=ttl_s, owner=owner):
             return None
         data = store.get_header(name)
         with library_errors():

@@ -71,6 +71,8 @@ class DecodeSequence:
         self.first_token_at = self.last_token_at = time.perf_counter()
         self._sampling = task.sampling
         self._max_tokens = task.max_tokens
+        self._texts: list[str] = []
+        self._logprobs: list[types_pb2.TokenLogprob] = []
         self._pending = list(task.pending_token_ids)
         self._num_resumed = task.num_resumed_tokens
         self._answer_position = task.first_position + len(self._pending) - self._num_resumed
@@ -97,6 +99,13 @@ class DecodeSequence:
     def new_token_ids(self) -> list[int]:
         """The tokens that were generated here."""
         return self.token_ids[self._num_resumed :]
+
+    @property
+    def answer(self) -> types_pb2.TokenDelta:
+        """The whole answer so far; its logprobs are those of the tokens generated here."""
+        return types_pb2.TokenDelta(
+            text="".join(self._texts), token_ids=self.token_ids, logprobs=self._logprobs
+        )
 
     @property
     def num_pending(self) -> int:
@@ -135,6 +144,7 @@ class DecodeSequence:
         )
         if self._sampling.logprobs is not None:
             delta.logprobs.append(token_logprob(logits, token_id, self._sampling.logprobs))
+            self._logprobs.extend(delta.logprobs)
         return delta
 
     def _resume(self, token_ids: Sequence[int]) -> None:
@@ -158,6 +168,7 @@ class DecodeSequence:
         if self.matched_stop:
             # Also where the end of the answer completed a stop string that was held back.
             self.finish_reason = types_pb2.FINISH_REASON_STOP
+        self._texts.append(text)
         return text
 
     def _reason_to_finish(self, token_id: int) -> types_pb2.FinishReason:

@@ -28,7 +28,7 @@ from services.decode.sequence_kv import SequenceKV
 from services.models.loader import LoadedModel
 from services.runtime.errors import InvalidRequestError, MismatchError
 from services.runtime.telemetry import add_request_fields
-from services.store.base import Store
+from services.store.base import Store, TurnRecord
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -109,10 +109,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 generation.cancel()
 
             commit_started_at = time.perf_counter()
-            await self._commit(manifest, generation, placement)
-            commit_ms = _milliseconds(commit_started_at, time.perf_counter())
+            finish = _finish(manifest, generation.sequence, sampling, started_at)
+            await self._commit(request, generation, placement, finish)
+            finish.commit_ms = _milliseconds(commit_started_at, time.perf_counter())
 
-        finish = _finish(manifest, generation.sequence, sampling, started_at, commit_ms)
         add_request_fields(
             session_id=manifest.session_id,
             num_generated_tokens=finish.num_generated_tokens,
@@ -215,20 +215,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
 
     async def _commit(
-        self, manifest: manifest_pb2.Manifest, generation: Generation, placement: Placement
+        self,
+        request: decode_pb2.DecodeRequest,
+        generation: Generation,
+        placement: Placement,
+        finish: types_pb2.Finish,
     ) -> None:
         """Add the answer to the manifest, store its KV, and commit; keep the KV in memory.
 
-        Nothing is kept of a one-off request.
+        What the turn answered is stored with it. Nothing is kept of a one-off request.
 
         Raises:
             ConflictError: Another turn was committed meanwhile.
             NotFoundError: The session, or one of its segments, is gone.
             UnavailableError, OverloadedError: The store is away, or full.
         """
-        manifest.token_ids.extend(generation.sequence.new_token_ids)
+        manifest = request.manifest
         if not manifest.session_id:
             return
+        result = _result(request, generation.sequence, finish)
+        manifest.token_ids.extend(generation.sequence.new_token_ids)
         ttl_s = manifest.ttl.ToTimedelta().total_seconds()
         sealed = await placement.in_thread(self._seal, generation.kv, manifest, ttl_s)
         if sealed is not None:
@@ -247,6 +253,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             expected_version=expected_version,
             ttl_s=ttl_s,
             segment_ids=[segment.segment_id for segment in manifest.segments],
+            result=result,
         )
         if sealed is not None:
             self._memory.publish(placement, segment, placement.tail, span)
@@ -279,19 +286,33 @@ def _finish(
     sequence: DecodeSequence,
     sampling: SamplingSettings,
     started_at: float,
-    commit_ms: float,
 ) -> types_pb2.Finish:
+    """Return the end of the answer; ``manifest`` is yet without it."""
     return types_pb2.Finish(
         reason=sequence.finish_reason,
         matched_stop=sequence.matched_stop,
         num_generated_tokens=len(sequence.token_ids),
-        num_total_tokens=len(manifest.token_ids),
+        num_total_tokens=len(manifest.token_ids) + len(sequence.new_token_ids),
         seed=sampling.seed,
-        session_version=manifest.version if manifest.session_id else 0,
+        session_version=manifest.version + 1 if manifest.session_id else 0,
         first_token_ms=_milliseconds(started_at, sequence.first_token_at),
         decode_ms=_milliseconds(sequence.first_token_at, sequence.last_token_at),
-        commit_ms=commit_ms,
     )
+
+
+def _result(
+    request: decode_pb2.DecodeRequest, sequence: DecodeSequence, finish: types_pb2.Finish
+) -> TurnRecord | None:
+    """Return what is stored of the turn; ``request.manifest`` is yet without the answer."""
+    if not request.request_id:
+        return None
+    result = manifest_pb2.TurnResult(
+        request_digest=request.request_digest,
+        num_prompt_tokens=len(request.manifest.token_ids) - request.num_resumed_tokens,
+        answer=sequence.answer,
+        finish=finish,
+    )
+    return TurnRecord(request.request_id, result.SerializeToString())
 
 
 def _milliseconds(start_s: float, end_s: float) -> float:

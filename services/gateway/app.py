@@ -14,6 +14,7 @@ from chunkserve.v1 import (
 from services.gateway.admission import Admission
 from services.gateway.channels import WorkerChannels
 from services.gateway.config import GatewaySettings
+from services.gateway.quotas import Quotas
 from services.gateway.routing import Router
 from services.gateway.servicer import InferenceServicer
 from services.gateway.sessions import SessionServicer
@@ -49,8 +50,9 @@ class Gateway:
             num_calls=self._channels.num_calls,
         )
         turns = TurnRunner(store, router, self._channels, failover_wait_s=settings.failover_wait_s)
-        inference = InferenceServicer(settings, store, router, turns, self._admission)
-        sessions = SessionServicer(settings, store, router, self._channels)
+        quotas = Quotas(settings, store)
+        inference = InferenceServicer(settings, store, router, turns, self._admission, quotas)
+        sessions = SessionServicer(settings, store, router, self._channels, quotas)
         self.server = GrpcServer(
             settings.listen,
             [

@@ -31,6 +31,9 @@ class GatewaySettings(ServiceSettings):
         max_concurrent_requests: Generate and CountTokens calls at once; more are refused.
         default_deadline_s: Time for a call that brings no deadline.
         failover_wait_s: How long an answer whose decode worker died waits for another one.
+        quota_sessions: Sessions that the tenant may have; 0: any number.
+        quota_stored_bytes: Bytes of segments from which on its sessions take no more turns; 0: any.
+        quota_concurrent_turns: Generate calls of the tenant at once, on all gateways; 0: any.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -44,6 +47,9 @@ class GatewaySettings(ServiceSettings):
     max_concurrent_requests: int = Field(default=256, ge=1)
     default_deadline_s: float = _seconds(600)
     failover_wait_s: float = Field(default=20.0, ge=0, allow_inf_nan=False)
+    quota_sessions: int = Field(default=0, ge=0)
+    quota_stored_bytes: int = Field(default=0, ge=0)
+    quota_concurrent_turns: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_session_ttl(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -38,6 +39,11 @@ def new_manifest(
         update_time=now,
         ttl=duration(ttl_s),
     )
+
+
+def new_session_id() -> str:
+    """Return an id for a session whose creator chose none."""
+    return f"s-{uuid.uuid4().hex}"
 
 
 def session_of(

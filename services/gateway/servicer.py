@@ -17,6 +17,8 @@ from services.gateway import validation
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
 from services.gateway.manifests import new_manifest, read_manifest
+from services.gateway.quotas import Quotas
+from services.gateway.replay import replay, request_digest, stored_result
 from services.gateway.routing import Router
 from services.gateway.turn import Turn, TurnRunner
 from services.runtime.errors import DeadlineError, MismatchError
@@ -40,12 +42,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         router: Router,
         turns: TurnRunner,
         admission: Admission,
+        quotas: Quotas,
     ) -> None:
         self._settings = settings
         self._store = store
         self._router = router
         self._turns = turns
         self._admission = admission
+        self._quotas = quotas
 
     async def Generate(  # type: ignore[override]  # writes, see the module's text
         self, request: inference_pb2.GenerateRequest, context: ServicerContext
@@ -57,13 +61,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         add_request_fields(session_id=request.session_id)
 
         with self._admission.admit():
-            async with self._time_limit(context) as remaining_s:
+            async with self._time_limit(context) as remaining_s, self._quotas.turn():
                 turn = Turn(
                     request=request,
                     send=context.write,
                     remaining_s=remaining_s,
                     started_at=started_at,
                     avoid_worker=_avoided_worker(context),
+                    request_digest=request_digest(request),
                 )
                 if request.session_id:
                     finish = await self._continue_session(turn)
@@ -89,7 +94,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _continue_session(self, turn: Turn) -> types_pb2.Finish:
         tenant, session_id = self._settings.tenant, turn.request.session_id
         # The lease comes first: what is read under it is what this turn will replace.
-        async with turn_lease(self._store, tenant, session_id, ttl_s=self._settings.lease_ttl_s):
+        async with turn_lease(
+            self._store,
+            tenant,
+            session_id,
+            ttl_s=self._settings.lease_ttl_s,
+            waits=turn.request.wait_if_busy,
+        ):
+            if turn.request.request_id:
+                result = await stored_result(self._store, tenant, turn.request)
+                if result is not None:
+                    return await replay(turn, result)
+            await self._quotas.check_stored_bytes()
             manifest, _ = await read_manifest(self._store, tenant, session_id)
             _check_model(turn.request.model, manifest)
             return await self._turns.run(turn, manifest)

@@ -57,6 +57,7 @@ class Turn:
         remaining_s: Returns the seconds until the deadline.
         started_at: ``time.perf_counter()`` when the request came.
         avoid_worker: Id of a decode worker that is taken only if there is no other.
+        request_digest: Tells the request from another one of the same id.
     """
 
     request: inference_pb2.GenerateRequest
@@ -64,6 +65,7 @@ class Turn:
     remaining_s: Callable[[], float]
     started_at: float
     avoid_worker: str = ""
+    request_digest: bytes = b""
 
 
 class TurnRunner:
@@ -278,6 +280,8 @@ class TurnRunner:
             sampling=relay.sampling,
             num_resumed_tokens=len(relay.token_ids),
             compression=prompt.prefilled.compression,
+            request_id=current_request_id(),
+            request_digest=relay.turn.request_digest,
         )
         request.manifest.token_ids.extend(relay.token_ids)
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())

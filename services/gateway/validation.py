@@ -53,8 +53,16 @@ def check_create_session(request: session_pb2.CreateSessionRequest, *, max_ttl_s
     _check_printable(request.model, "model")
     _check_compression(request.compression)
     if request.HasField("ttl"):
-        ttl_s = seconds(request.ttl)
-        _require(1 <= ttl_s <= max_ttl_s, "ttl", f"{ttl_s:g} s", f"1 to {max_ttl_s:g} s")
+        _check_ttl(request.ttl, max_ttl_s)
+
+
+def check_fork_session(request: session_pb2.ForkSessionRequest, *, max_ttl_s: float) -> None:
+    """Raise unless every field is in range; ``new_session_id`` may be empty."""
+    _check_session_id(request.session_id)
+    if request.new_session_id:
+        _check_session_id(request.new_session_id, "new_session_id")
+    if request.HasField("ttl"):
+        _check_ttl(request.ttl, max_ttl_s)
 
 
 def check_session_id(session_id: str) -> None:
@@ -97,10 +105,15 @@ def seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
 
-def _check_session_id(session_id: str) -> None:
+def _check_ttl(ttl: Duration, max_ttl_s: float) -> None:
+    ttl_s = seconds(ttl)
+    _require(1 <= ttl_s <= max_ttl_s, "ttl", f"{ttl_s:g} s", f"1 to {max_ttl_s:g} s")
+
+
+def _check_session_id(session_id: str, field: str = "session_id") -> None:
     _require(
         _SESSION_ID.fullmatch(session_id) is not None,
-        "session_id",
+        field,
         _shown(session_id),
         "1 to 64 characters of a-z A-Z 0-9 . _ -",
     )

@@ -19,6 +19,7 @@ from services.compress.segments import (
     fetched_segments,
     find_segment,
     library_errors,
+    owner_of,
     put_encoded,
     segment_id,
 )
@@ -122,7 +123,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             name = segment_id(
                 manifest, num_tokens=span, policy=policy.canonical(), fingerprint=fingerprint
             )
-            found = await asyncio.to_thread(find_segment, self._store, name, ttl_s=ttl_s)
+            found = await asyncio.to_thread(
+                find_segment, self._store, name, ttl_s=ttl_s, owner=owner_of(manifest)
+            )
             if found is not None:
                 return found
         start = covered_tokens(manifest)

@@ -24,6 +24,7 @@ class ServiceError(Exception):
         field: Path of the request field at fault, for ``BadRequest`` (``sampling.max_tokens``).
         resource: ``(type, name)`` for ``ResourceInfo`` (``("session", "s-1")``).
         retry_after_s: For ``RetryInfo``, in seconds.
+        quota_subject: For ``QuotaFailure``: whose quota is used up (``tenant:default``).
     """
 
     reason: ClassVar[str] = "INTERNAL"
@@ -37,6 +38,7 @@ class ServiceError(Exception):
         field: str | None = None,
         resource: tuple[str, str] | None = None,
         retry_after_s: float | None = None,
+        quota_subject: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -45,6 +47,7 @@ class ServiceError(Exception):
         self.field = field
         self.resource = resource
         self.retry_after_s = retry_after_s
+        self.quota_subject = quota_subject
 
 
 class InvalidRequestError(ServiceError):

@@ -12,7 +12,7 @@ import inspect
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
@@ -28,11 +28,13 @@ REQUEST_ID_KEY: Final = "x-request-id"
 
 ServicerContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-# What a handler is to an interceptor: a coroutine function. It returns the response, or has
-# written all responses to the context and returns None.
+# What a handler is to an interceptor: a coroutine function. It takes the request, or an iterator
+# over a stream of them; it returns the response, or has written all responses to the context and
+# returns None.
 _Behavior: TypeAlias = "Callable[[Any, ServicerContext], Awaitable[Any]]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
+_READ_REST_S: Final = 10.0
 _OUR_METHODS: Final = "/chunkserve."
 _REQUEST_ID: Final = re.compile(r"[\x20-\x7e]{1,128}")
 
@@ -130,10 +132,14 @@ class ErrorInterceptor(_Interceptor):
         def guard(behavior: _Behavior) -> _Behavior:
             async def guarded(request: Any, context: ServicerContext) -> Any:
                 try:
+                    if handler.request_streaming:
+                        return await behavior(_parsed(request, details.method), context)
                     if isinstance(request, _Unparsable):
                         raise _unparsable_error(details.method, request)
                     return await behavior(request, context)
                 except ServiceError as error:
+                    if handler.request_streaming:
+                        await _read_rest(request)
                     await _abort(context, error)
                 except grpc.aio.AbortError:
                     raise  # the status is on its way already
@@ -156,19 +162,29 @@ class _Unparsable:
 
 
 def _replace_behavior(handler: _Handler, wrap: Callable[[_Behavior], _Behavior]) -> _Handler:
-    if handler.request_streaming:
-        raise NotImplementedError("only methods with a single request message are served")
+    behavior = _behavior(handler)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(
-            wrap(_as_writer(handler.unary_stream)),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-    return grpc.unary_unary_rpc_method_handler(
-        wrap(handler.unary_unary),  # type: ignore[arg-type]  # declared for synchronous servers
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
+        behavior = _as_writer(behavior)
+    return _remade(handler, wrap(behavior), handler.request_deserializer)
+
+
+def _behavior(handler: _Handler) -> Any:
+    if handler.request_streaming and handler.response_streaming:
+        raise NotImplementedError("methods that stream both ways are not served")
+    return handler.unary_unary or handler.unary_stream or handler.stream_unary
+
+
+def _remade(handler: _Handler, behavior: Any, parse: Any) -> _Handler:
+    """Return a handler of the same kind that does, and parses, something else."""
+    make: Any = grpc.unary_unary_rpc_method_handler
+    if handler.response_streaming:
+        make = grpc.unary_stream_rpc_method_handler
+    elif handler.request_streaming:
+        make = grpc.stream_unary_rpc_method_handler
+    remade: _Handler = make(
+        behavior, request_deserializer=parse, response_serializer=handler.response_serializer
     )
+    return remade
 
 
 def _as_writer(behavior: Any) -> _Behavior:
@@ -202,17 +218,28 @@ def _catch_unparsable(handler: _Handler) -> _Handler:
         except (DecodeError, ValueError) as error:
             return _Unparsable(error)
 
-    make = (
-        grpc.unary_stream_rpc_method_handler
-        if handler.response_streaming
-        else grpc.unary_unary_rpc_method_handler
-    )
-    behavior = handler.unary_stream if handler.response_streaming else handler.unary_unary
-    return make(
-        behavior,  # type: ignore[arg-type]
-        request_deserializer=parse_or_mark,
-        response_serializer=handler.response_serializer,
-    )
+    return _remade(handler, _behavior(handler), parse_or_mark)
+
+
+async def _parsed(requests: AsyncIterator[Any], method: str) -> AsyncIterator[Any]:
+    """Yield a stream's messages.
+
+    Raises:
+        InvalidRequestError: One of them could not be parsed.
+    """
+    async for request in requests:
+        if isinstance(request, _Unparsable):
+            raise _unparsable_error(method, request)
+        yield request
+
+
+async def _read_rest(requests: AsyncIterator[Any]) -> None:
+    """Read what a refused caller still sends, for a while: Python's gRPC forgets the status if it
+    comes during a write."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_READ_REST_S):
+            async for _ in requests:
+                pass
 
 
 def _unparsable_error(method: str, request: _Unparsable) -> InvalidRequestError:

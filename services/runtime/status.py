@@ -75,6 +75,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
     has_field = _unpack(rich, violations) and len(violations.field_violations) > 0
     has_resource = _unpack(rich, resource)
     has_retry = _unpack(rich, retry)
+    quota = error_details_pb2.QuotaFailure()
+    has_quota = _unpack(rich, quota) and len(quota.violations) > 0
     return _ERRORS.get(error.code(), ServiceError)(
         rich.message,
         reason=info.reason,
@@ -82,6 +84,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> ServiceError:
         field=violations.field_violations[0].field if has_field else None,
         resource=(resource.resource_type, resource.resource_name) if has_resource else None,
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if has_retry else None,
+        quota_subject=quota.violations[0].subject if has_quota else None,
     )
 
 
@@ -109,6 +112,11 @@ def _pack_details(error: ServiceError, message: str) -> list[Any]:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    if error.quota_subject is not None:
+        exceeded = error_details_pb2.QuotaFailure.Violation(
+            subject=error.quota_subject, description=message
+        )
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     return [_packed(detail) for detail in details]
 
 

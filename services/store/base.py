@@ -9,9 +9,45 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Buffer = bytes | bytearray | memoryview
+
+
+class SegmentOwner(NamedTuple):
+    """A session that names segments, or is about to.
+
+    Attributes:
+        tenant: Its owner.
+        session_id: Its id.
+    """
+
+    tenant: str
+    session_id: str
+
+
+class TurnRecord(NamedTuple):
+    """What is kept of a turn with its commit.
+
+    Attributes:
+        request_id: Under which it is found again.
+        body: The bytes to keep.
+    """
+
+    request_id: str
+    body: bytes
+
+
+class TenantUsage(NamedTuple):
+    """What a tenant uses.
+
+    Attributes:
+        num_sessions: Sessions that live.
+        stored_bytes: Bytes of their segments; one that several sessions name counts for each.
+    """
+
+    num_sessions: int
+    stored_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +105,34 @@ class WorkerInfo:
     default_policy: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentCopy:
+    """Where one copy of a segment lies.
+
+    Attributes:
+        segment_id: Whose copy.
+        name: Tells it from other copies.
+    """
+
+    segment_id: str
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSegment:
+    """A segment whose parts can be read one by one.
+
+    Attributes:
+        header: Its header.
+        copy: Where its parts are.
+        num_parts: How many.
+    """
+
+    header: bytes
+    copy: SegmentCopy
+    num_parts: int
+
+
 class SegmentStore(Protocol):
     """Segments. Blocking, thread-safe: called from worker threads, never from an event loop.
 
@@ -76,17 +140,31 @@ class SegmentStore(Protocol):
     full.
     """
 
-    def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
+    def has_segment(
+        self, segment_id: str, *, ttl_s: float, owner: SegmentOwner | None = None
+    ) -> bool:
         """Whether the segment is complete; if it is, its life is extended to at least ``ttl_s``.
+
+        Args:
+            segment_id: Which.
+            ttl_s: Seconds.
+            owner: Session that is about to name it. Nobody frees the segment as long as it lives,
+                and it lives somewhat longer than ``ttl_s``.
 
         Raises:
             CorruptError: Its header is damaged.
         """
 
     def put_segment(
-        self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
+        self,
+        segment_id: str,
+        header: Buffer,
+        parts: Sequence[Buffer],
+        *,
+        ttl_s: float,
+        owner: SegmentOwner | None = None,
     ) -> None:
-        """Store parts first, the header last.
+        """Store parts first, the header last; ``owner`` as in :meth:`has_segment`.
 
         Storing the same segment again is harmless: the first complete copy stays, and its life is
         extended. A copy with a damaged header is replaced; to replace one with damaged parts,
@@ -129,12 +207,20 @@ class SessionStore(Protocol):
     """Manifests, leases and the list of sessions. Asynchronous: called from event loops."""
 
     async def create_manifest(
-        self, tenant: str, session_id: str, body: bytes, *, ttl_s: float
+        self,
+        tenant: str,
+        session_id: str,
+        body: bytes,
+        *,
+        ttl_s: float,
+        segment_ids: Iterable[str] = (),
     ) -> None:
-        """Store version 1.
+        """Store version 1. The session owns the segments before it exists.
 
         Raises:
             AlreadyExistsError: There is a session of this id.
+            NotFoundError: One of the segments is gone (reason ``SEGMENT_NOT_FOUND``).
+            CorruptError: The header of a segment is damaged.
         """
 
     async def get_manifest(self, tenant: str, session_id: str) -> StoredManifest:
@@ -153,11 +239,25 @@ class SessionStore(Protocol):
         expected_version: int,
         ttl_s: float,
         segment_ids: Iterable[str],
+        dropped_segment_ids: Iterable[str] = (),
+        result: TurnRecord | None = None,
     ) -> int:
         """Replace version ``expected_version`` and return the new one, all or nothing.
 
-        Extends the life of the segments first, to at least ``ttl_s``. After ``UnavailableError``
-        it may or may not have happened: read the manifest again.
+        The session owns the segments first, and they live at least ``ttl_s``. After
+        ``UnavailableError`` it may or may not have happened: read the manifest again. After any
+        other error, segments that the stored version does not name are the session's no longer.
+
+        Args:
+            tenant: Owner of the session.
+            session_id: Its id.
+            body: What to store.
+            expected_version: The version that was read.
+            ttl_s: Seconds that the session lives from now on.
+            segment_ids: All segments that the new version names.
+            dropped_segment_ids: Segments that it does not name any more. Freed at once if nobody
+                else names them.
+            result: What the turn answered. The newest 64 of a session are kept.
 
         Raises:
             ConflictError: Another version is stored.
@@ -165,11 +265,24 @@ class SessionStore(Protocol):
             CorruptError: The header of a segment is damaged.
         """
 
+    async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
+        """Return what was committed under this request id; ``None`` if nothing was."""
+
     async def delete_manifest(self, tenant: str, session_id: str) -> None:
-        """Delete a session.
+        """Delete a session, and at once the segments that only it named.
+
+        Hold its lease: a new session of the same id must not own segments before this has ended.
 
         Raises:
             NotFoundError: There is none.
+        """
+
+    async def release_segments(
+        self, tenant: str, session_id: str, segment_ids: Iterable[str]
+    ) -> None:
+        """Own these segments no longer, unless the session names them; free what nobody owns.
+
+        For segments that were stored or found for a turn that was not committed.
         """
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
@@ -187,10 +300,69 @@ class SessionStore(Protocol):
         """
 
     async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
-        """Extend a lease; ``False`` if it is not ours any more."""
+        """Extend a lease; ``False`` if it is not ours any more.
+
+        A session that would expire before its lease is extended as well.
+        """
 
     async def release_lease(self, tenant: str, session_id: str, token: str) -> None:
         """Give a lease back. Harmless if it is not ours any more."""
+
+    async def usage(self, tenant: str) -> TenantUsage:
+        """Return what a tenant uses."""
+
+    async def begin_turn(self, tenant: str, *, limit: int, ttl_s: float) -> str | None:
+        """Count one more turn and return its token; ``None`` if ``limit`` turns run.
+
+        It counts for ``ttl_s`` unless it is renewed.
+        """
+
+    async def renew_turn(self, tenant: str, token: str, *, ttl_s: float) -> None:
+        """Count a turn for ``ttl_s`` more."""
+
+    async def end_turn(self, tenant: str, token: str) -> None:
+        """Count a turn no more. Harmless if it is not counted."""
+
+
+class SegmentTransfer(Protocol):
+    """Segments part by part, for processes that hold none of them. Asynchronous."""
+
+    async def open_segment(self, segment_id: str) -> StoredSegment:
+        """Return a segment's header, and where its parts are.
+
+        Raises:
+            NotFoundError: There is none (reason ``SEGMENT_NOT_FOUND``).
+            CorruptError: The header is damaged.
+        """
+
+    async def read_part(self, copy: SegmentCopy, index: int) -> bytes:
+        """Return one part of a copy; who reads checks its content.
+
+        Raises:
+            NotFoundError: It is not there any more.
+        """
+
+    def new_copy(self, segment_id: str) -> SegmentCopy:
+        """Return a copy that nobody else writes. Nobody sees it before it is published."""
+
+    async def write_part(
+        self, copy: SegmentCopy, index: int, part: Buffer, *, ttl_s: float
+    ) -> None:
+        """Store one part of a copy; it expires unless the copy is published and extended."""
+
+    async def publish_copy(
+        self,
+        copy: SegmentCopy,
+        header: Buffer,
+        num_parts: int,
+        *,
+        ttl_s: float,
+        owner: SegmentOwner,
+    ) -> bool:
+        """Make the copy the segment, owned by ``owner``; ``False`` if there is one already."""
+
+    async def discard_copy(self, copy: SegmentCopy, num_parts: int) -> None:
+        """Delete the parts of a copy that was not published."""
 
 
 class Registry(Protocol):
@@ -206,7 +378,7 @@ class Registry(Protocol):
         """Return all living workers."""
 
 
-class Store(SegmentStore, SessionStore, Registry, Protocol):
+class Store(SegmentStore, SessionStore, SegmentTransfer, Registry, Protocol):
     """All of it, over one server."""
 
     async def ping(self) -> None:

@@ -25,7 +25,7 @@ COPY_SIZE = 8
 
 
 def manifest(tenant: str, session_id: str) -> str:
-    """Hash ``{version, body, created_us}`` of a session."""
+    """Hash ``{version, body, created_us, segments}`` of a session."""
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:manifest"
 
 
@@ -34,9 +34,39 @@ def lease(tenant: str, session_id: str) -> str:
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:lease"
 
 
+def turn_results(tenant: str, session_id: str) -> str:
+    """Hash: what the session's latest turns answered, by request id."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:results"
+
+
+def turn_order(tenant: str, session_id: str) -> str:
+    """List: the request ids of these turns, oldest first."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:turns"
+
+
+def owner(tenant: str, session_id: str) -> str:
+    """A session among the owners of a segment."""
+    return f"{_quoted(tenant)}/{_quoted(session_id)}"
+
+
 def session_index(tenant: str) -> str:
     """Sorted set of a tenant's sessions, members from ``index_member``, all scores 0."""
     return f"{_VERSION}:{{{_quoted(tenant)}}}:sessions"
+
+
+def account_ends(tenant: str) -> str:
+    """Sorted set of a tenant's sessions; the score is when each expires unless used, in ms."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:account"
+
+
+def account_bytes(tenant: str) -> str:
+    """Hash: stored bytes of each of these sessions, and under the empty name of all of them."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:bytes"
+
+
+def running_turns(tenant: str) -> str:
+    """Sorted set of the turns that run; the score is when each counts no longer, in ms."""
+    return f"{_VERSION}:{{{_quoted(tenant)}}}:running"
 
 
 def index_member(created_us: int, session_id: str) -> bytes:
@@ -62,6 +92,11 @@ def segment_header(segment_id: str) -> str:
     return f"{_VERSION}:{_segment_tag(segment_id)}:header"
 
 
+def segment_owners(segment_id: str) -> str:
+    """Sorted set: sessions that name the segment; the score is when that ends by itself, in ms."""
+    return f"{_VERSION}:{_segment_tag(segment_id)}:owners"
+
+
 def segment_part(segment_id: str, copy: bytes, index: int) -> str:
     """String: one part of one copy."""
     return f"{_VERSION}:{_segment_tag(segment_id)}:{copy.hex()}:{index}"
@@ -83,8 +118,18 @@ def segment_parts(segment_id: str, value: bytes) -> list[str]:
     Raises:
         CorruptError: It is damaged, or another segment's.
     """
-    num_parts, copy = _PARTS.unpack_from(_checked(segment_id, value))
+    num_parts, copy = segment_copy(segment_id, value)
     return [segment_part(segment_id, copy, index) for index in range(num_parts)]
+
+
+def segment_copy(segment_id: str, value: bytes) -> tuple[int, bytes]:
+    """Number of parts and name of the copy in what the header's key holds.
+
+    Raises:
+        CorruptError: It is damaged, or another segment's.
+    """
+    num_parts, copy = _PARTS.unpack_from(_checked(segment_id, value))
+    return num_parts, copy
 
 
 def stored_header(segment_id: str, value: bytes) -> bytes:
@@ -124,7 +169,7 @@ def _checksum(segment_id: str, checked: bytes) -> int:
 
 
 def _session_tag(tenant: str, session_id: str) -> str:
-    return f"{{{_quoted(tenant)}/{_quoted(session_id)}}}"
+    return f"{{{owner(tenant, session_id)}}}"
 
 
 def _segment_tag(segment_id: str) -> str:

@@ -1,43 +1,130 @@
-"""The turn lease: one turn of a session at a time, whichever gateway serves it."""
+"""The turn lease: one turn of a session at a time, whichever gateway serves it.
+
+And the place among a tenant's turns, which is held in the same way.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from services.runtime.errors import ConflictError, ServiceError, UnavailableError
 from services.runtime.telemetry import get_logger
 from services.store.base import SessionStore
+
+_FIRST_PAUSE_S: Final = 0.01
+_LONGEST_PAUSE_S: Final = 0.25
+
+_T = TypeVar("_T")
 
 _log = get_logger()
 
 
 @asynccontextmanager
 async def turn_lease(
-    store: SessionStore, tenant: str, session_id: str, *, ttl_s: float
+    store: SessionStore, tenant: str, session_id: str, *, ttl_s: float, waits: bool = False
 ) -> AsyncIterator[None]:
     """Hold the lease while the block runs, and give it back however the block ends.
 
-    The lease is renewed every third of ``ttl_s``. If it is lost, the block is cancelled: another
-    turn may have begun, and two must not commit.
+    The lease is renewed every third of ``ttl_s``, and with it the session, so that it does not
+    expire during its own turn. If it is lost, the block is cancelled: another turn may have begun,
+    and two must not commit.
+
+    Args:
+        store: Where the session is.
+        tenant: Its owner.
+        session_id: Its id.
+        ttl_s: After how long another turn may begin, should this process die.
+        waits: Whether to wait, until cancelled, for a turn that runs. Who waits longest is not
+            necessarily first.
 
     Raises:
         ConflictError: Another turn holds it (reason ``SESSION_BUSY``), or it was lost
             (``LEASE_LOST``).
     """
-    token = await store.acquire_lease(tenant, session_id, ttl_s=ttl_s)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(_renew(store, tenant, session_id, token, ttl_s))
-            yield
-            renewal.cancel()
-    except ExceptionGroup as group:
-        raise group.exceptions[0] from None
-    finally:
-        await finish("lease.release", store.release_lease(tenant, session_id, token))
+
+    async def take() -> str:
+        return await store.acquire_lease(tenant, session_id, ttl_s=ttl_s)
+
+    async def renew(token: str) -> None:
+        if not await store.renew_lease(tenant, session_id, token, ttl_s=ttl_s):
+            raise ConflictError(
+                f"the turn on session {session_id} took longer than its lease could be kept; "
+                "send it again",
+                reason="LEASE_LOST",
+            )
+
+    async def give_back(token: str) -> None:
+        await store.release_lease(tenant, session_id, token)
+
+    taken = partial(_take, take, give_back)
+    token = await (_wait_for(taken) if waits else taken())
+    async with _held(token, renew, give_back, ttl_s):
+        yield
+
+
+@asynccontextmanager
+async def counted_turn(
+    store: SessionStore, tenant: str, *, limit: int, ttl_s: float
+) -> AsyncIterator[bool]:
+    """Count a turn of the tenant while the block runs.
+
+    Yields whether there was room; without it, nothing is counted. A store that goes away meanwhile
+    does not end the block.
+
+    Args:
+        store: Where the tenant's account is.
+        tenant: Whose turn.
+        limit: Turns that may run at once, at least 1.
+        ttl_s: How long it counts, should this process die. Renewed every third of it.
+    """
+
+    async def take() -> str:
+        return await store.begin_turn(tenant, limit=limit, ttl_s=ttl_s) or ""
+
+    async def renew(token: str) -> None:
+        with suppress(UnavailableError):
+            await store.renew_turn(tenant, token, ttl_s=ttl_s)
+
+    async def give_back(token: str) -> None:
+        await store.end_turn(tenant, token)
+
+    token = await _take(take, give_back)
+    if not token:
+        yield False
+        return
+    async with _held(token, renew, give_back, ttl_s):
+        yield True
+
+
+async def completed(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run work to its end, also if the caller is cancelled meanwhile, and return its result.
+
+    For what must not happen by halves, or after what cleans up behind it: a command that was sent
+    to a store cannot be called back.
+
+    Args:
+        work: Ends by itself within a bounded time.
+
+    Raises:
+        CancelledError: The caller was cancelled; the work has ended before.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # was looked at: the cancellation counts
+        raise cancelled
+    return task.result()
 
 
 async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:
@@ -65,23 +152,62 @@ async def finish(what: str, cleanup: Coroutine[Any, Any, None]) -> None:
         raise cancelled
 
 
-async def _renew(
-    store: SessionStore, tenant: str, session_id: str, token: str, ttl_s: float
-) -> None:
+async def _take(
+    take: Callable[[], Coroutine[Any, Any, str]], give_back: Callable[[str], Awaitable[None]]
+) -> str:
+    """Take something and return its token; cancelled meanwhile, leave nothing behind."""
+    taking = asyncio.ensure_future(take())
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+
+        async def undo() -> None:
+            with suppress(ConflictError):
+                await give_back(await taking)
+
+        await finish("lease.release", undo())
+        raise
+
+
+@asynccontextmanager
+async def _held(
+    token: str,
+    renew: Callable[[str], Awaitable[None]],
+    give_back: Callable[[str], Coroutine[Any, Any, None]],
+    ttl_s: float,
+) -> AsyncIterator[None]:
+    """Renew what was taken while the block runs, and give it back however the block ends."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s))
+            yield
+            renewal.cancel()
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    finally:
+        await finish("lease.release", give_back(token))
+
+
+async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
+    pause_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await take()
+        except ConflictError:
+            # Jitter, so that those who wait do not come all at once.
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+async def _renew(renew: Callable[[], Awaitable[None]], ttl_s: float) -> None:
     renewed_at = time.monotonic()
     while True:
         await asyncio.sleep(ttl_s / 3)
         try:
-            is_ours = await store.renew_lease(tenant, session_id, token, ttl_s=ttl_s)
+            await renew()
         except UnavailableError:
             # A store that is back before the lease has run out does no harm.
             if time.monotonic() - renewed_at >= ttl_s:
                 raise
             continue
-        if not is_ours:
-            raise ConflictError(
-                f"the turn on session {session_id} took longer than its lease could be kept; "
-                "send it again",
-                reason="LEASE_LOST",
-            )
         renewed_at = time.monotonic()

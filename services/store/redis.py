@@ -7,9 +7,10 @@ from services.store.failures import store_errors
 from services.store.registry import RedisRegistry
 from services.store.segments import RedisSegments
 from services.store.sessions import RedisSessions
+from services.store.transfer import RedisTransfer
 
 
-class RedisStore(RedisSegments, RedisSessions, RedisRegistry):
+class RedisStore(RedisSegments, RedisSessions, RedisTransfer, RedisRegistry):
     """Implements ``Store``.
 
     Segments go over a pool of blocking connections that worker threads share; all else over
@@ -23,6 +24,7 @@ class RedisStore(RedisSegments, RedisSessions, RedisRegistry):
         client = async_client(endpoint)
         RedisSegments.__init__(self, blocking_nodes(endpoint), endpoint.where)
         RedisSessions.__init__(self, client, endpoint.where)
+        RedisTransfer.__init__(self, client, endpoint.where)
         RedisRegistry.__init__(self, client, endpoint.where)
 
     async def ping(self) -> None:

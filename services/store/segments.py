@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar, cast
 
@@ -17,8 +18,8 @@ import redis
 from redis.exceptions import MovedError
 
 from services.runtime.errors import CorruptError
-from services.store import keys, wire
-from services.store.base import Buffer
+from services.store import keys, owners, wire
+from services.store.base import Buffer, SegmentOwner
 from services.store.connect import Nodes
 from services.store.failures import segment_not_found, store_errors, ttl_ms
 
@@ -39,18 +40,26 @@ class RedisSegments:
         self._nodes = nodes
         self._where = where
 
-    def has_segment(self, segment_id: str, *, ttl_s: float) -> bool:
-        """Whether the segment is complete; if it is, its life is extended to ``ttl_s``.
+    def has_segment(
+        self, segment_id: str, *, ttl_s: float, owner: SegmentOwner | None = None
+    ) -> bool:
+        """Whether the segment is complete; if it is, it is extended, and reserved for ``owner``.
 
         Raises:
             CorruptError: What says which parts belong to it is damaged, or the header is.
         """
-        lifetime = ttl_ms(ttl_s)
+        claim = _Claim.of(owner, ttl_s)
         with store_errors(self._where):
-            return self._at_node(segment_id, lambda node: _extend(node, segment_id, lifetime))
+            return self._at_node(segment_id, lambda node: _extend(node, segment_id, claim))
 
     def put_segment(
-        self, segment_id: str, header: Buffer, parts: Sequence[Buffer], *, ttl_s: float
+        self,
+        segment_id: str,
+        header: Buffer,
+        parts: Sequence[Buffer],
+        *,
+        ttl_s: float,
+        owner: SegmentOwner | None = None,
     ) -> None:
         """Store parts first, the header last. The first complete and undamaged copy stays.
 
@@ -61,9 +70,9 @@ class RedisSegments:
         largest = max(map(len, views), default=0)
         if largest > MAX_PART_BYTES:
             raise ValueError(f"part of {largest} bytes; at most {MAX_PART_BYTES} can be stored")
-        lifetime = ttl_ms(ttl_s)
+        claim = _Claim.of(owner, ttl_s)
         with store_errors(self._where):
-            self._at_node(segment_id, lambda node: _put(node, segment_id, header, views, lifetime))
+            self._at_node(segment_id, lambda node: _put(node, segment_id, header, views, claim))
 
     def get_header(self, segment_id: str) -> bytes:
         """Return the header."""
@@ -132,25 +141,34 @@ class RedisSegments:
             raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """For whom a segment lives, from ``keys.owner`` or empty, and how many milliseconds."""
+
+    owner: str
+    lifetime: int
+
+    @classmethod
+    def of(cls, owner: SegmentOwner | None, ttl_s: float) -> _Claim:
+        if owner is None:
+            return cls("", ttl_ms(ttl_s))
+        return cls(keys.owner(*owner), ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS)
+
+
 def _put(
-    node: redis.Redis,
-    segment_id: str,
-    header: Buffer,
-    parts: Sequence[memoryview],
-    lifetime: int,
+    node: redis.Redis, segment_id: str, header: Buffer, parts: Sequence[memoryview], claim: _Claim
 ) -> None:
     copy = os.urandom(keys.COPY_SIZE)
     part_keys = [keys.segment_part(segment_id, copy, index) for index in range(len(parts))]
     value = keys.segment_value(segment_id, copy, len(parts), bytes(header))
-    key = keys.segment_header(segment_id)
     try:
         with _exclusive_connection(node) as connection:
-            wire.send_values(connection, part_keys, parts, ttl_ms=lifetime)
-        if node.set(key, value, px=lifetime, nx=True):
+            wire.send_values(connection, part_keys, parts, ttl_ms=claim.lifetime)
+        if _publish(node, segment_id, value, claim):
             return
-        if not _extend_intact(node, segment_id, lifetime):
+        if not _extend_intact(node, segment_id, claim):
             # The copy that is there is damaged or has lost parts: ours replaces it.
-            node.set(key, value, px=lifetime)
+            _publish(node, segment_id, value, claim, replaces=True)
             return
     except redis.exceptions.OutOfMemoryError:
         # Room for others. If even this fails, the parts expire.
@@ -160,23 +178,34 @@ def _put(
     _unlink(node, part_keys)
 
 
-def _extend_intact(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
+def _publish(
+    node: redis.Redis, segment_id: str, value: bytes, claim: _Claim, *, replaces: bool = False
+) -> bool:
+    call = owners.publish(
+        segment_id, value, owner=claim.owner, lifetime=claim.lifetime, replaces=replaces
+    )
+    return bool(_run(node, owners.PUBLISH, call))
+
+
+def _extend_intact(node: redis.Redis, segment_id: str, claim: _Claim) -> bool:
     try:
-        return _extend(node, segment_id, lifetime)
+        return _extend(node, segment_id, claim)
     except CorruptError:
         return False
 
 
-def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
-    value = _read(node, segment_id)
-    if value is None:
-        return False
-    names = [keys.segment_header(segment_id), *keys.segment_parts(segment_id, value)]
-    pipeline = node.pipeline(transaction=False)
-    for name in names:
-        pipeline.pexpire(name, lifetime, gt=True)
-    pipeline.exists(*names)
-    return bool(pipeline.execute()[-1] == len(names))
+def _extend(node: redis.Redis, segment_id: str, claim: _Claim) -> bool:
+    while (value := _read(node, segment_id)) is not None:
+        call = owners.claim(segment_id, value, owner=claim.owner, lifetime=claim.lifetime)
+        answer = _run(node, owners.CLAIM, call)
+        if answer != owners.Outcome.CHANGED:
+            return answer >= 0
+    return False
+
+
+def _run(node: redis.Redis, script: str, call: owners.Call) -> int:
+    answer: int = node.register_script(script)(keys=call.keys, args=call.args)
+    return answer
 
 
 def _delete(node: redis.Redis, segment_id: str) -> None:
@@ -187,7 +216,7 @@ def _delete(node: redis.Redis, segment_id: str) -> None:
     part_keys: list[str] = []
     with contextlib.suppress(CorruptError):
         part_keys = keys.segment_parts(segment_id, value)
-    _unlink(node, [keys.segment_header(segment_id), *part_keys])
+    _unlink(node, [keys.segment_header(segment_id), keys.segment_owners(segment_id), *part_keys])
 
 
 def _read(node: redis.Redis, segment_id: str) -> bytes | None:

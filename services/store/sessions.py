@@ -9,72 +9,88 @@ by whoever meets them, and every commit puts its session's entry back.
 from __future__ import annotations
 
 import base64
-import itertools
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from services.runtime.errors import (
     AlreadyExistsError,
     ConflictError,
+    CorruptError,
     InvalidRequestError,
     NotFoundError,
+    ServiceError,
 )
-from services.store import keys
-from services.store.base import SessionPage, StoredManifest
+from services.store import keys, owners
+from services.store.accounts import RedisAccounts
+from services.store.base import SessionPage, StoredManifest, TurnRecord
 from services.store.connect import AsyncClient
 from services.store.failures import segment_not_found, store_errors, ttl_ms
 
-# Segments outlive the sessions that name them, so that a session that can be read can be used.
-SEGMENT_GRACE_MS: Final = 60_000
+# Results of turns that a session keeps.
+MAX_TURN_RESULTS: Final = 64
 
 # Entries read at once, so that a small page does not crawl over many expired ones.
 _MIN_LIST_BATCH: Final = 64
 
+# KEYS: manifest, turn results, turn order. ARGV: body, time, lifetime, segments.
 _CREATE: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'version', 1, 'body', ARGV[1], 'created_us', ARGV[2])
+redis.call('DEL', KEYS[2], KEYS[3])
+redis.call('HSET', KEYS[1], 'version', 1, 'body', ARGV[1], 'created_us', ARGV[2],
+  'segments', ARGV[4])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 
-# Answers {version, created_us}: the new version, or the stored one negated; nothing if it is gone.
-_COMMIT: Final = """
+# KEYS: manifest, turn results, turn order. ARGV: expected version, body, lifetime, segments, and,
+# if the turn has a result, its request id and body. Answers {version, created_us}: the new version,
+# or the stored one negated; nothing if it is gone.
+_COMMIT: Final = f"""
 local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us')
-if not stored[1] then return {} end
-if stored[1] ~= ARGV[1] then return {-tonumber(stored[1]), stored[2]} end
+if not stored[1] then return {{}} end
+if stored[1] ~= ARGV[1] then return {{-tonumber(stored[1]), stored[2]}} end
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
-redis.call('HSET', KEYS[1], 'body', ARGV[2])
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-return {version, stored[2]}
+redis.call('HSET', KEYS[1], 'body', ARGV[2], 'segments', ARGV[4])
+if ARGV[5] then
+  redis.call('LREM', KEYS[3], 0, ARGV[5])
+  redis.call('RPUSH', KEYS[3], ARGV[5])
+  redis.call('HSET', KEYS[2], ARGV[5], ARGV[6])
+  if redis.call('LLEN', KEYS[3]) > {MAX_TURN_RESULTS} then
+    redis.call('HDEL', KEYS[2], redis.call('LPOP', KEYS[3]))
+  end
+end
+for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[3]) end
+return {{version, stored[2]}}
 """
 
+# KEYS: manifest, turn results, turn order.
 _DELETE: Final = """
-local created_us = redis.call('HGET', KEYS[1], 'created_us')
-redis.call('DEL', KEYS[1])
-return created_us
+local stored = redis.call('HMGET', KEYS[1], 'created_us', 'segments')
+redis.call('DEL', unpack(KEYS))
+return stored
 """
 
-# GT treats a key without a TTL as one that lives for ever, hence NX first.
-_LIST: Final = """
-redis.call('ZADD', KEYS[1], 0, ARGV[1])
-redis.call('PEXPIRE', KEYS[1], ARGV[2], 'NX')
-redis.call('PEXPIRE', KEYS[1], ARGV[2], 'GT')
-"""
-
+# KEYS: lease, manifest, turn results, turn order. ARGV: token, lifetime. Answers whether the lease
+# is ours, and the session's segments if it would have expired before the lease.
 _RENEW: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return {0} end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+if redis.call('PEXPIRE', KEYS[2], ARGV[2], 'GT') == 0 then return {1} end
+redis.call('PEXPIRE', KEYS[3], ARGV[2], 'GT')
+redis.call('PEXPIRE', KEYS[4], ARGV[2], 'GT')
+return {1, redis.call('HGET', KEYS[2], 'segments')}
 """
 
-_RELEASE: Final = """
+_GIVE_BACK: Final = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])
 """
 
 
-class RedisSessions:
+class RedisSessions(RedisAccounts):
     """Implements ``SessionStore``.
 
     Args:
@@ -83,31 +99,44 @@ class RedisSessions:
     """
 
     def __init__(self, client: AsyncClient, where: str) -> None:
-        self._client = client
-        self._where = where
+        super().__init__(client, where)
         self._create = client.register_script(_CREATE)
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
-        self._list = client.register_script(_LIST)
         self._renew = client.register_script(_RENEW)
-        self._release = client.register_script(_RELEASE)
+        self._give_back = client.register_script(_GIVE_BACK)
 
     async def create_manifest(
-        self, tenant: str, session_id: str, body: bytes, *, ttl_s: float
+        self,
+        tenant: str,
+        session_id: str,
+        body: bytes,
+        *,
+        ttl_s: float,
+        segment_ids: Iterable[str] = (),
     ) -> None:
-        """Store version 1."""
+        """Store version 1. The session owns the segments before it exists."""
         created_us = time.time_ns() // 1000
         lifetime = ttl_ms(ttl_s)
+        named = list(dict.fromkeys(segment_ids))
         with store_errors(self._where):
-            is_new = await self._create(
-                keys=[keys.manifest(tenant, session_id)], args=[body, created_us, lifetime]
-            )
-            if not is_new:
-                raise AlreadyExistsError(
-                    f"session {session_id} exists; choose another id",
-                    resource=("session", session_id),
+            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
+                is_new = await self._create(
+                    keys=_session_keys(tenant, session_id),
+                    args=[body, created_us, lifetime, _joined(named)],
                 )
-            await self._enlist(tenant, keys.index_member(created_us, session_id), lifetime)
+                if not is_new:
+                    raise AlreadyExistsError(
+                        f"session {session_id} exists; choose another id",
+                        resource=("session", session_id),
+                    )
+            await self._enlist(
+                tenant,
+                session_id,
+                created_us=created_us,
+                size_bytes=size_bytes,
+                lifetime=lifetime,
+            )
 
     async def get_manifest(self, tenant: str, session_id: str) -> StoredManifest:
         """Read a manifest."""
@@ -130,37 +159,64 @@ class RedisSessions:
         expected_version: int,
         ttl_s: float,
         segment_ids: Iterable[str],
+        dropped_segment_ids: Iterable[str] = (),
+        result: TurnRecord | None = None,
     ) -> int:
         """Replace version ``expected_version`` and return the new one, all or nothing."""
         lifetime = ttl_ms(ttl_s)
+        named = list(dict.fromkeys(segment_ids))
         with store_errors(self._where):
-            await self._extend_segments(
-                list(dict.fromkeys(segment_ids)), lifetime + SEGMENT_GRACE_MS
-            )
-            answer = await self._commit(
-                keys=[keys.manifest(tenant, session_id)],
-                args=[expected_version, body, lifetime],
-            )
-            if not answer:
-                raise _not_found(session_id)
-            version, created_us = int(answer[0]), int(answer[1])
-            if version < 0:
-                raise ConflictError(
-                    f"session {session_id} was changed by another turn: version {-version} is"
-                    f" stored, {expected_version} was expected; send the turn again",
-                    resource=("session", session_id),
+            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
+                answer = await self._commit(
+                    keys=_session_keys(tenant, session_id),
+                    args=[expected_version, body, lifetime, _joined(named), *(result or ())],
                 )
-            await self._enlist(tenant, keys.index_member(created_us, session_id), lifetime)
+                if not answer:
+                    raise _not_found(session_id)
+                version, created_us = int(answer[0]), int(answer[1])
+                if version < 0:
+                    raise ConflictError(
+                        f"session {session_id} was changed by another turn: version {-version} is"
+                        f" stored, {expected_version} was expected; send the turn again",
+                        resource=("session", session_id),
+                    )
+            await self._enlist(
+                tenant,
+                session_id,
+                created_us=created_us,
+                size_bytes=size_bytes,
+                lifetime=lifetime,
+            )
+            await self._release(keys.owner(tenant, session_id), set(dropped_segment_ids) - {*named})
         return version
 
-    async def delete_manifest(self, tenant: str, session_id: str) -> None:
-        """Delete a session."""
+    async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
+        """Return what was committed under this request id; ``None`` if nothing was."""
+        key = keys.turn_results(tenant, session_id)
         with store_errors(self._where):
-            created_us = await self._delete(keys=[keys.manifest(tenant, session_id)])
+            found: bytes | None = await self._client.execute_command("HGET", key, request_id)
+        return found
+
+    async def delete_manifest(self, tenant: str, session_id: str) -> None:
+        """Delete a session, and at once the segments that only it named."""
+        with store_errors(self._where):
+            created_us, named = await self._delete(keys=_session_keys(tenant, session_id))
             if created_us is None:
                 raise _not_found(session_id)
-            member = keys.index_member(int(created_us), session_id)
-            await self._client.zrem(keys.session_index(tenant), member)
+            await self._strike(tenant, session_id, created_us=int(created_us))
+            await self._release(keys.owner(tenant, session_id), _split(named))
+
+    async def release_segments(
+        self, tenant: str, session_id: str, segment_ids: Iterable[str]
+    ) -> None:
+        """Own these segments no longer, unless the session names them; free what nobody owns."""
+        with store_errors(self._where):
+            stored = await self._client.execute_command(
+                "HGET", keys.manifest(tenant, session_id), "segments"
+            )
+            named = set(_split(stored))
+            dropped = [name for name in dict.fromkeys(segment_ids) if name not in named]
+            await self._release(keys.owner(tenant, session_id), dropped)
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
         """Return a page of sessions."""
@@ -206,52 +262,84 @@ class RedisSessions:
         return token
 
     async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
-        """Extend a lease; ``False`` if it is not ours any more."""
+        """Extend a lease, and its session; ``False`` if it is not ours any more."""
+        lifetime = ttl_ms(ttl_s)
         with store_errors(self._where):
-            return bool(
-                await self._renew(
-                    keys=[keys.lease(tenant, session_id)], args=[token, ttl_ms(ttl_s)]
-                )
+            is_ours, *segments = await self._renew(
+                keys=[keys.lease(tenant, session_id), *_session_keys(tenant, session_id)],
+                args=[token, lifetime],
             )
+            # What is lost already, the turn finds out.
+            with suppress(NotFoundError, CorruptError):
+                for named in segments:
+                    await self._claim(keys.owner(tenant, session_id), _split(named), lifetime)
+        return bool(is_ours)
 
     async def release_lease(self, tenant: str, session_id: str, token: str) -> None:
         """Give a lease back. Harmless if it is not ours any more."""
         with store_errors(self._where):
-            await self._release(keys=[keys.lease(tenant, session_id)], args=[token])
+            await self._give_back(keys=[keys.lease(tenant, session_id)], args=[token])
 
-    async def _enlist(self, tenant: str, member: bytes, lifetime: int) -> None:
-        await self._list(keys=[keys.session_index(tenant)], args=[member, lifetime])
+    @asynccontextmanager
+    async def _owned(
+        self, tenant: str, session_id: str, segment_ids: Sequence[str], lifetime: int
+    ) -> AsyncIterator[int]:
+        """Make the session own the segments, for the block to name them; yield their bytes.
 
-    async def _extend_segments(self, segment_ids: Sequence[str], lifetime: int) -> None:
-        """Extend the life of every part of every segment.
+        If the block fails for sure, the session owns no more than it names.
 
         Raises:
             NotFoundError: A segment is gone, or is not complete any more.
             CorruptError: What says which parts a segment has is damaged.
         """
-        if not segment_ids:
-            return
+        try:
+            yield await self._claim(keys.owner(tenant, session_id), segment_ids, lifetime)
+        except ServiceError:
+            await self.release_segments(tenant, session_id, segment_ids)
+            raise
+
+    async def _claim(self, owner: str, segment_ids: Sequence[str], lifetime: int) -> int:
+        """Own the segments; return their bytes."""
+        lifetime += owners.SEGMENT_GRACE_MS
+        waiting, size_bytes = list(segment_ids), 0
+        while waiting:
+            calls = []
+            for segment_id, value in (await self._segment_headers(waiting)).items():
+                if value is None:
+                    raise segment_not_found(segment_id)
+                calls.append(owners.claim(segment_id, value, owner=owner, lifetime=lifetime))
+            answers = dict(zip(waiting, await self._run(owners.CLAIM, calls), strict=True))
+            for segment_id, answer in answers.items():
+                if answer == owners.Outcome.INCOMPLETE:
+                    raise segment_not_found(segment_id)
+            waiting = [name for name, answer in answers.items() if answer < 0]
+            size_bytes += sum(answer for answer in answers.values() if answer > 0)
+        return size_bytes
+
+    async def _release(self, owner: str, segment_ids: Iterable[str]) -> None:
+        waiting = list(segment_ids)
+        while waiting:
+            headers = await self._segment_headers(waiting)
+            calls = [
+                owners.release(segment_id, value, owner=owner)
+                for segment_id, value in headers.items()
+            ]
+            answers = zip(waiting, await self._run(owners.RELEASE, calls), strict=True)
+            waiting = [name for name, answer in answers if answer < 0]
+
+    async def _segment_headers(self, segment_ids: Sequence[str]) -> dict[str, bytes | None]:
         pipeline = self._client.pipeline(transaction=False)
         for segment_id in segment_ids:
             pipeline.execute_command("GET", keys.segment_header(segment_id))
-        values = await pipeline.execute()
+        return dict(zip(segment_ids, await pipeline.execute(), strict=True))
 
-        names = {}
-        for segment_id, value in zip(segment_ids, values, strict=True):
-            if value is None:
-                raise segment_not_found(segment_id)
-            parts = keys.segment_parts(segment_id, value)
-            names[segment_id] = [keys.segment_header(segment_id), *parts]
-
+    async def _run(self, script: str, calls: Sequence[owners.Call]) -> list[int]:
+        # EVAL and not EVALSHA: a pipeline to several nodes cannot load what one of them forgot.
         pipeline = self._client.pipeline(transaction=False)
-        for name in itertools.chain.from_iterable(names.values()):
-            pipeline.execute_command("PEXPIRE", name, lifetime, "GT")
-        for segment_names in names.values():
-            pipeline.execute_command("EXISTS", *segment_names)
-        counts = (await pipeline.execute())[-len(names) :]
-        for (segment_id, segment_names), count in zip(names.items(), counts, strict=True):
-            if count != len(segment_names):
-                raise segment_not_found(segment_id)
+        for call in calls:
+            pipeline.execute_command("EVAL", script, len(call.keys), *call.keys, *call.args)
+        answers: list[int] = await pipeline.execute()
+        return answers
 
     async def _living(self, tenant: str, members: Sequence[bytes]) -> list[bytes]:
         """Return the members whose session exists and was created when the member says."""
@@ -267,6 +355,23 @@ class RedisSessions:
             for member, (created_us, _), stored in zip(members, parsed, found, strict=True)
             if stored is not None and int(stored) == created_us
         ]
+
+
+def _session_keys(tenant: str, session_id: str) -> list[str]:
+    return [
+        keys.manifest(tenant, session_id),
+        keys.turn_results(tenant, session_id),
+        keys.turn_order(tenant, session_id),
+    ]
+
+
+def _joined(segment_ids: Sequence[str]) -> str:
+    return "\n".join(segment_ids)
+
+
+def _split(segments: bytes | None) -> list[str]:
+    """Inverse of ``_joined``."""
+    return segments.decode().split("\n") if segments else []
 
 
 def _page_token(member: bytes) -> str:

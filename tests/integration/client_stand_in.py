@@ -23,7 +23,7 @@ from chunkserve.v1 import (
     session_pb2_grpc,
     types_pb2,
 )
-from services.runtime.errors import NotFoundError, ServiceError
+from services.runtime.errors import CorruptError, NotFoundError, ServiceError
 from services.runtime.interceptors import ErrorInterceptor
 
 WAIT_S = 30.0
@@ -63,6 +63,7 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
         hanging: Set when an answer waits.
         cancelled: Set when an answer ended early.
         sessions: By id, in the order of creation.
+        imported: The pieces of the last import.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
         self.hanging = threading.Event()
         self.cancelled = threading.Event()
         self.sessions: dict[str, session_pb2.Session] = {}
+        self.imported: list[session_pb2.SessionPiece] = []
 
     @classmethod
     @contextlib.contextmanager
@@ -198,6 +200,65 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
         del self.sessions[self._session(request.session_id).session_id]
         return session_pb2.DeleteSessionResponse()
 
+    async def ForkSession(
+        self, request: session_pb2.ForkSessionRequest, context: Any
+    ) -> session_pb2.ForkSessionResponse:
+        await self._arrive("ForkSession", request, context)
+        fork = session_pb2.Session()
+        fork.CopyFrom(self._session(request.session_id))
+        fork.session_id = request.new_session_id or f"s-{len(self.sessions)}"
+        if request.HasField("ttl"):
+            fork.ttl.CopyFrom(request.ttl)
+        self.sessions[fork.session_id] = fork
+        return session_pb2.ForkSessionResponse(session=fork)
+
+    async def CompressSession(
+        self, request: session_pb2.CompressSessionRequest, context: Any
+    ) -> session_pb2.CompressSessionResponse:
+        await self._arrive("CompressSession", request, context)
+        session = self._session(request.session_id)
+        before = session_pb2.CompressSessionResponse(
+            original_bytes=session.stored_bytes, original_kept_tokens=session.num_kept_tokens
+        )
+        session.stored_bytes //= 2
+        session.num_kept_tokens //= 2
+        before.session.CopyFrom(session)
+        return before
+
+    async def ExportSession(
+        self, request: session_pb2.ExportSessionRequest, context: Any
+    ) -> AsyncIterator[session_pb2.ExportSessionResponse]:
+        await self._arrive("ExportSession", request, context)
+        for i, piece in enumerate(exported(self._session(request.session_id))):
+            if self.fail_at is not None and self.fail_at[0] == i:
+                await _fail(self.fail_at[1], context)
+            if self.hang_at == i:
+                await asyncio.Event().wait()
+            yield session_pb2.ExportSessionResponse(piece=piece)
+
+    async def ImportSession(
+        self, request: AsyncIterator[session_pb2.ImportSessionRequest], context: Any
+    ) -> session_pb2.ImportSessionResponse:
+        await self._arrive("ImportSession", None, context)
+        session, pieces = session_pb2.Session(), []
+        try:
+            async for message in request:
+                if self.fail_at is not None and self.fail_at[0] == len(pieces):
+                    await _fail(self.fail_at[1], context)
+                if not pieces:
+                    session.ParseFromString(message.piece.manifest)
+                    session.session_id = message.new_session_id or session.session_id
+                pieces.append(message.piece)
+        finally:
+            # To a cancelled call's handler, gRPC may also just end the stream.
+            if not pieces or pieces[-1].WhichOneof("piece") != "end":
+                self.cancelled.set()
+        if self.cancelled.is_set():
+            raise CorruptError("the export was cut off")
+        self.imported = pieces
+        self.sessions[session.session_id] = session
+        return session_pb2.ImportSessionResponse(session=session)
+
     async def _arrive(self, method: str, request: Any, context: Any) -> None:
         metadata = dict(context.invocation_metadata())
         self.calls.append(Call(method, request, metadata, context.time_remaining()))
@@ -258,6 +319,16 @@ class StandIn(inference_pb2_grpc.InferenceServiceServicer, session_pb2_grpc.Sess
             decode_ms=30.0,
             commit_ms=1.0,
         )
+
+
+def exported(session: session_pb2.Session) -> list[session_pb2.SessionPiece]:
+    """Return an export whose manifest is the session as it is shown."""
+    return [
+        session_pb2.SessionPiece(manifest=session.SerializeToString()),
+        session_pb2.SessionPiece(segment_header=b"header"),
+        session_pb2.SessionPiece(segment_part=bytes(1 << 20)),
+        session_pb2.SessionPiece(end=session_pb2.SessionEnd(num_pieces=3, sha256=b"digest")),
+    ]
 
 
 def _logprobs(token_id: int, sampling: types_pb2.SamplingParams) -> list[types_pb2.TokenLogprob]:

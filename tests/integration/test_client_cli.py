@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from chunkserve.v1 import types_pb2
 from services.cli.app import app
 from services.runtime import errors
-from tests.integration.client_stand_in import WAIT_S, StandIn, Status
+from tests.integration.client_stand_in import WAIT_S, StandIn, Status, exported
 
 
 @pytest.fixture
@@ -309,6 +309,64 @@ def test_sessions_are_created_listed_shown_and_deleted(gateway: StandIn):
     missing = run(gateway, "sessions", "show", "s-1")
     assert missing.exit_code == 1
     assert "[SESSION_NOT_FOUND] - `chunkserve sessions list`" in one_error_line(missing)
+
+
+def test_sessions_are_forked_and_compressed(gateway: StandIn):
+    run(gateway, "sessions", "create", "s-1")
+    run(gateway, "generate", "hi", "--session", "s-1")
+
+    forked = run(gateway, "sessions", "fork", "s-1", "s-2", "--ttl", "60")
+    assert (forked.exit_code, forked.stdout) == (0, "s-2\n")
+    assert gateway.sessions["s-2"].ttl.seconds == 60
+    compress = ["sessions", "compress", "s-2", "--keep-ratio", "0.05", "--precision", "int8"]
+    compressed = run(gateway, *compress)
+    assert compressed.stdout == "s-2: 104 kept tokens in 3.0 MiB are now 52 in 1.5 MiB\n"
+    assert gateway.calls[-1].request.compression == types_pb2.CompressionPolicy(
+        keep_ratio=0.05, precision=types_pb2.PRECISION_INT8
+    )
+    as_json = json.loads(run(gateway, *compress, "--json").stdout)
+    assert (as_json["original_kept_tokens"], as_json["info"]["session_id"]) == (52, "s-2")
+
+
+def test_sessions_are_exported_and_imported(gateway: StandIn, tmp_path: Path):
+    run(gateway, "sessions", "create", "s-1")
+    path = tmp_path / "s-1.session"
+
+    assert run(gateway, "sessions", "export", "s-1", "--output", str(path)).exit_code == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["s-1.session"]
+    imported = run(gateway, "sessions", "import", str(path), "--session", "copy")
+
+    assert (imported.exit_code, imported.stdout) == (0, "copy\n")
+    assert gateway.imported == exported(gateway.sessions["s-1"])
+
+
+def test_an_export_that_fails_leaves_no_file(gateway: StandIn, tmp_path: Path):
+    run(gateway, "sessions", "create", "s-1")
+    gateway.fail_at = (2, errors.CorruptError("damaged"))
+
+    result = run(gateway, "sessions", "export", "s-1", "-o", str(tmp_path / "file"))
+
+    assert "[SEGMENT_CORRUPT]" in one_error_line(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_into_no_folder_is_refused(gateway: StandIn, tmp_path: Path):
+    run(gateway, "sessions", "create", "s-1")
+
+    result = run(gateway, "sessions", "export", "s-1", "-o", str(tmp_path / "none" / "file"))
+
+    assert result.exit_code == 2
+    assert "--output" in result.stderr
+
+
+def test_a_file_that_is_no_export_is_not_imported(gateway: StandIn, tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"something else, and longer than the mark")
+
+    result = run(gateway, "sessions", "import", str(path))
+
+    assert "no exported session" in one_error_line(result)
+    assert gateway.sessions == {}
 
 
 def test_sessions_as_json(gateway: StandIn):

@@ -14,12 +14,13 @@ import pytest
 
 from chunkserve_client import (
     Cancelled,
+    Compression,
     DeadlineExceeded,
     SessionNotFound,
     SyncClient,
     TokenDelta,
 )
-from tests.integration.client_stand_in import WAIT_S, StandIn
+from tests.integration.client_stand_in import WAIT_S, StandIn, exported
 
 
 @pytest.fixture
@@ -186,3 +187,18 @@ def test_interrupt_while_waiting_cancels_the_answer(gateway: StandIn):
         assert process.communicate(timeout=WAIT_S)[0] == "interrupted tiny\n"
         assert process.returncode == 0
     assert gateway.cancelled.wait(WAIT_S)
+
+
+def test_session_is_forked_compressed_exported_and_imported(client: SyncClient, gateway: StandIn):
+    session = client.create_session("s-1")
+    session.generate("hi").result()
+
+    assert session.fork("s-2").session_id == "s-2"
+    assert client.fork_session("s-1", "s-3").session_id == "s-3"
+    assert session.compress(Compression(keep_ratio=0.5)).original_kept_tokens == 104
+    assert client.compress_session("s-1", Compression(precision="int8")).info.num_kept_tokens == 26
+    data = list(session.export())
+    assert list(client.export_session("s-1")) == data
+    assert client.import_session(data, "copy").session_id == "copy"
+    assert client.import_session(data).session_id == "s-1"
+    assert gateway.imported == exported(gateway.sessions["s-1"])

@@ -78,12 +78,15 @@ class Client:
         timeout: float = DEADLINE_S,
         num_resumed_tokens: int = 0,
         compression: types_pb2.CompressionPolicy | None = None,
+        request_id: str = "",
     ) -> grpc.aio.UnaryStreamCall[Any, Any]:
         request = decode_pb2.DecodeRequest(
             manifest=manifest,
             sampling=sampling,
             num_resumed_tokens=num_resumed_tokens,
             compression=compression,
+            request_id=request_id,
+            request_digest=b"digest",
         )
         return self.stub.Decode(request, timeout=timeout)
 
@@ -618,6 +621,40 @@ RESUMABLE = types_pb2.SamplingParams(
     frequency_penalty=0.5,
     logprobs=1,
 )
+
+
+async def turn_result(store: Store, request_id: str) -> manifest_pb2.TurnResult:
+    body = await store.get_turn_result("default", "s-1", request_id)
+    assert body is not None
+    return manifest_pb2.TurnResult.FromString(body)
+
+
+async def test_the_result_of_a_turn_is_stored_with_its_commit(client, loaded, store):
+    manifest = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    sampling = types_pb2.SamplingParams(max_tokens=12, ignore_eos=True, logprobs=1)
+
+    answer = await client.decode(manifest, sampling, request_id="r-1")
+
+    result = await turn_result(store, "r-1")
+    assert (result.request_digest, result.num_prompt_tokens) == (b"digest", len(PROMPT))
+    assert list(result.answer.token_ids) == answer.token_ids
+    assert result.answer.text == answer.text
+    assert list(result.answer.logprobs) == answer.logprobs
+    answer.finish.ClearField("commit_ms")
+    assert result.finish == answer.finish
+
+
+async def test_the_result_of_a_resumed_answer_has_all_its_tokens(client, loaded, store):
+    prompt = add_turn(await new_session(store, loaded), PROMPT, loaded, store)
+    token_ids = generate(loaded, PROMPT, 12)
+    prompt.token_ids.extend(token_ids[:7])
+
+    await client.decode(prompt, num_resumed_tokens=7, request_id="r-1")
+
+    result = await turn_result(store, "r-1")
+    assert list(result.answer.token_ids) == token_ids
+    assert result.answer.text == loaded.tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert result.num_prompt_tokens == len(PROMPT)
 
 
 @pytest.mark.parametrize("num_resumed", [1, 7, 11, 12])

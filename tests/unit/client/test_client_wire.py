@@ -9,12 +9,14 @@ import pytest
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from chunkserve_client import (
     Compression,
+    CompressionResult,
     Finish,
     GenerateOptions,
     InvalidRequest,
     Message,
     Model,
     PromptInfo,
+    Recompression,
     Segment,
     SessionInfo,
     TokenCount,
@@ -34,6 +36,8 @@ from chunkserve_client import (
         (TopLogprob, types_pb2.TopLogprob, {}),
         (Finish, types_pb2.Finish, {}),
         (Segment, session_pb2.Segment, {}),
+        (Recompression, session_pb2.Recompression, {}),
+        (CompressionResult, session_pb2.CompressSessionResponse, {"session": "info"}),
         (SessionInfo, session_pb2.Session, {"ttl": "ttl_s"}),
         (Compression, types_pb2.CompressionPolicy, {}),
         (Model, inference_pb2.Model, {}),
@@ -204,3 +208,40 @@ def test_event_of_a_newer_server_is_no_event():
 def test_lifetime_that_is_no_duration_is_an_invalid_request(ttl_s):
     with pytest.raises(InvalidRequest):
         _wire.create_session_request("s-1", None, None, ttl_s)
+
+
+def test_a_segments_history_is_read():
+    wire = session_pb2.Session(
+        segments=[
+            session_pb2.Segment(
+                segment_id="a",
+                kv_bytes=7,
+                is_prefix=True,
+                compression=types_pb2.CompressionPolicy(
+                    precision=types_pb2.PRECISION_FP8, prefix_scorer=types_pb2.SCORER_KEY_DIFF
+                ),
+                recompression=session_pb2.Recompression(
+                    precision=types_pb2.PRECISION_INT4, original_bytes=9, by_pressure=True
+                ),
+            ),
+            session_pb2.Segment(segment_id="b"),
+        ]
+    )
+
+    changed, whole = _wire.session_from_wire(wire).segments
+
+    assert changed.compression == Compression(precision="fp8", prefix_scorer="key_diff")
+    assert changed.recompression is not None
+    assert (changed.recompression.precision, changed.recompression.original_bytes) == ("int4", 9)
+    assert (changed.kv_bytes, changed.is_prefix) == (7, True)
+    assert (whole.compression, whole.recompression) == (None, None)
+
+
+def test_a_cache_breakpoint_is_sent():
+    messages = [Message("system", "rules", cache_breakpoint=True), Message("user", "hi")]
+
+    request = build(
+        messages=[*messages, {"role": "user", "content": "x", "cache_breakpoint": True}]
+    )
+
+    assert [m.cache_breakpoint for m in request.chat.messages] == [True, False, True]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc.aio
 import pytest
 import structlog
 
-from chunkserve.v1 import inference_pb2
+from chunkserve.v1 import inference_pb2, session_pb2, session_pb2_grpc
+from services.runtime import interceptors
 from services.runtime.errors import NotFoundError
 from services.runtime.interceptors import (
     ErrorInterceptor,
@@ -18,6 +20,7 @@ from services.runtime.interceptors import (
     current_request_id,
     request_id_metadata,
 )
+from services.runtime.server import GrpcServer, open_channel
 from services.runtime.telemetry import add_request_fields
 from tests.fakes import WAIT_S, error_info
 
@@ -245,8 +248,85 @@ async def test_fields_outside_of_a_request_go_nowhere() -> None:
     add_request_fields(num_prompt_tokens=3)
 
 
-async def test_streaming_requests_are_not_served_silently() -> None:
-    handler: Any = grpc.stream_unary_rpc_method_handler(lambda requests, context: None)
+IMPORT = "/chunkserve.v1.SessionService/ImportSession"
+
+
+class Importer(session_pb2_grpc.SessionServiceServicer):
+    """Counts the messages of a stream."""
+
+    async def ImportSession(
+        self, request: AsyncIterator[session_pb2.ImportSessionRequest], context: Any
+    ) -> session_pb2.ImportSessionResponse:
+        add_request_fields(session_id=current_request_id())
+        num_pieces = 0
+        async for message in request:
+            num_pieces += 1
+            if message.new_session_id == "taken":
+                raise NotFoundError("gone")
+        return session_pb2.ImportSessionResponse(session=session_pb2.Session(num_tokens=num_pieces))
+
+
+@pytest.fixture
+async def importer() -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server of a method with streaming requests."""
+    add = partial(session_pb2_grpc.add_SessionServiceServicer_to_server, Importer())
+    server = GrpcServer("127.0.0.1:0", [add], [])
+    port = await server.start()
+    async with open_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+async def test_a_stream_of_requests_is_served_and_logged_under_its_id(
+    importer: Any, events: Log
+) -> None:
+    pieces = [session_pb2.ImportSessionRequest()] * 3
+    call = session_pb2_grpc.SessionServiceStub(importer).ImportSession(
+        iter(pieces), metadata=(("x-request-id", "r-1"),)
+    )
+
+    response = await call
+
+    assert response.session.num_tokens == 3
+    await events.wait()
+    [line] = [event for event in events if event["event"] == "import_session.done"]
+    assert (line["code"], line["request_id"], line["session_id"]) == ("OK", "r-1", "r-1")
+
+
+async def test_an_error_in_a_stream_of_requests_becomes_its_status(importer: Any) -> None:
+    pieces = [session_pb2.ImportSessionRequest(new_session_id="taken")] * 3
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await session_pb2_grpc.SessionServiceStub(importer).ImportSession(iter(pieces))
+
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_refused_stream_is_not_read_for_ever(
+    importer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interceptors, "_READ_REST_S", 0.01)
+    call = session_pb2_grpc.SessionServiceStub(importer).ImportSession()
+    await call.write(session_pb2.ImportSessionRequest(new_session_id="taken"))
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await asyncio.wait_for(call, WAIT_S)
+
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_bytes_in_a_stream_that_are_no_message_are_invalid_argument(importer: Any) -> None:
+    good = session_pb2.ImportSessionRequest().SerializeToString()
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await importer.stream_unary(IMPORT)(iter([good, b"\xff\xff"]))
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error_info(caught.value).reason == "MALFORMED_MESSAGE"
+
+
+async def test_streams_both_ways_are_not_served_silently() -> None:
+    handler: Any = grpc.stream_stream_rpc_method_handler(lambda requests, context: None)
 
     class Details:
         method = "/chunkserve.v1.Some/Method"
@@ -255,7 +335,7 @@ async def test_streaming_requests_are_not_served_silently() -> None:
     async def find_handler(details: Any) -> Any:
         return handler
 
-    with pytest.raises(NotImplementedError, match="single request message"):
+    with pytest.raises(NotImplementedError, match="stream both ways"):
         await ErrorInterceptor().intercept_service(find_handler, Details())  # type: ignore[arg-type]
 
 

@@ -54,6 +54,7 @@ def test_an_error_survives_the_wire(error_class: type[ServiceError]) -> None:
         field="sampling.max_tokens",
         resource=("session", "s-1"),
         retry_after_s=1.25,
+        quota_subject="tenant:default",
     )
 
     back = from_rpc_error(rpc_error(to_status(error)))

@@ -21,7 +21,16 @@ def slot(name: str) -> int:
 
 @given(tenant=NAMES, session_id=NAMES)
 def test_a_sessions_keys_share_a_slot(tenant: str, session_id: str):
-    assert slot(keys.manifest(tenant, session_id)) == slot(keys.lease(tenant, session_id))
+    names = (keys.manifest, keys.lease, keys.turn_results, keys.turn_order)
+
+    assert len({slot(name(tenant, session_id)) for name in names}) == 1
+
+
+@given(tenant=NAMES)
+def test_a_tenants_account_shares_a_slot_with_its_list(tenant: str):
+    names = (keys.session_index, keys.account_ends, keys.account_bytes)
+
+    assert len({slot(name(tenant)) for name in names}) == 1
 
 
 @given(segment_id=NAMES, index=st.integers(0, 9999))
@@ -29,6 +38,7 @@ def test_a_segments_keys_share_a_slot(segment_id: str, index: int):
     part = keys.segment_part(segment_id, b"copyname", index)
 
     assert slot(part) == slot(keys.segment_header(segment_id))
+    assert slot(part) == slot(keys.segment_owners(segment_id))
 
 
 @given(worker_id=NAMES)
@@ -42,17 +52,24 @@ def test_names_of_different_things_differ(a: tuple[str, str], b: tuple[str, str]
         return [
             keys.manifest(tenant, other),
             keys.lease(tenant, other),
+            keys.turn_results(tenant, other),
+            keys.turn_order(tenant, other),
             keys.session_index(tenant),
+            keys.account_ends(tenant),
+            keys.account_bytes(tenant),
+            keys.running_turns(tenant),
             keys.segment_header(other),
+            keys.segment_owners(other),
             keys.segment_part(other, b"copyname", 0),
             keys.worker(other),
             keys.worker_index(),
         ]
 
-    assert len(set(names(*a))) == 7
+    assert len(set(names(*a))) == 13
     if a != b:
         assert keys.manifest(*a) != keys.manifest(*b)
         assert keys.lease(*a) != keys.lease(*b)
+        assert keys.owner(*a) != keys.owner(*b)
 
 
 @given(tenant=NAMES, session_id=NAMES)

@@ -8,7 +8,7 @@ import pytest
 
 from services.runtime.errors import ConflictError, NotFoundError, UnavailableError
 from services.store.base import SessionStore
-from services.store.lease import finish, turn_lease
+from services.store.lease import completed, counted_turn, finish, turn_lease
 
 WAIT_S = 10.0
 
@@ -21,8 +21,16 @@ class LeaseStore:
         self.all_renewed = asyncio.Event()
         self.is_held = False
         self.release_error: Exception | None = None
+        self.refusals: list[Exception] = []
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     async def acquire_lease(self, tenant: str, session_id: str, *, ttl_s: float) -> str:
+        self.is_asked.set()
+        await self.may_answer.wait()
+        if self.refusals:
+            raise self.refusals.pop(0)
         self.is_held = True
         return "token"
 
@@ -41,8 +49,8 @@ class LeaseStore:
         self.is_held = False
 
 
-def lease(store: LeaseStore, ttl_s: float = 0.03):  # type: ignore[no-untyped-def]
-    return turn_lease(as_store(store), "default", "s-1", ttl_s=ttl_s)
+def lease(store: LeaseStore, ttl_s: float = 0.03, **options: bool):  # type: ignore[no-untyped-def]
+    return turn_lease(as_store(store), "default", "s-1", ttl_s=ttl_s, **options)
 
 
 def as_store(store: LeaseStore) -> SessionStore:
@@ -95,6 +103,133 @@ async def test_a_lease_that_cannot_be_released_does_not_fail_the_turn() -> None:
         pass
 
     assert store.is_held
+
+
+class TurnStore:
+    """The counted turns of a store."""
+
+    def __init__(self, *renewals: Exception | None, has_room: bool = True) -> None:
+        self.renewals = list(renewals)
+        self.all_renewed = asyncio.Event()
+        self.has_room = has_room
+        self.ended: list[str] = []
+
+    async def begin_turn(self, tenant: str, *, limit: int, ttl_s: float) -> str | None:
+        return "token" if self.has_room else None
+
+    async def renew_turn(self, tenant: str, token: str, *, ttl_s: float) -> None:
+        if not self.renewals:
+            self.all_renewed.set()
+            return
+        if (error := self.renewals.pop(0)) is not None:
+            raise error
+
+    async def end_turn(self, tenant: str, token: str) -> None:
+        self.ended.append(token)
+
+
+async def test_a_turn_is_counted_until_it_ends_although_the_store_goes_away() -> None:
+    store = TurnStore(None, *[UnavailableError("away")] * 5)
+
+    counted = counted_turn(store, "default", limit=1, ttl_s=0.003)  # type: ignore[arg-type]
+    async with counted as has_room:
+        await asyncio.wait_for(store.all_renewed.wait(), WAIT_S)
+
+    assert has_room
+    assert store.ended == ["token"]
+
+
+async def test_a_turn_without_room_is_not_counted() -> None:
+    store = TurnStore(has_room=False)
+
+    async with counted_turn(store, "default", limit=1, ttl_s=1) as has_room:  # type: ignore[arg-type]
+        assert not has_room
+
+    assert store.ended == []
+
+
+async def test_who_waits_gets_the_lease_when_it_is_free() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy")] * 3
+
+    async with lease(store, waits=True):
+        assert store.is_held
+
+    assert store.refusals == []
+
+
+async def test_who_does_not_wait_is_refused_at_once() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy")]
+
+    with pytest.raises(ConflictError, match="busy"):
+        async with lease(store):
+            pass
+
+
+async def test_a_store_that_is_away_is_not_waited_for() -> None:
+    store = LeaseStore()
+    store.refusals = [ConflictError("busy"), UnavailableError("away")]
+
+    with pytest.raises(UnavailableError, match="away"):
+        async with lease(store, waits=True):
+            pass
+
+
+@pytest.mark.parametrize("refusals", [[], [ConflictError("busy")]], ids=["free", "busy"])
+async def test_who_is_cancelled_while_the_lease_is_taken_leaves_none(
+    refusals: list[Exception],
+) -> None:
+    store = LeaseStore()
+    store.refusals = refusals
+    store.may_answer.clear()
+
+    async def turn() -> None:
+        async with lease(store):
+            raise AssertionError("was cancelled before")
+
+    task = asyncio.create_task(turn())
+    await store.is_asked.wait()
+    task.cancel()
+    await asyncio.sleep(0)  # lets the cancellation in
+    store.may_answer.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not store.is_held
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_that_must_be_complete_ends_before_a_cancellation(fails: bool) -> None:
+    has_started, may_end, has_ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        has_started.set()
+        await may_end.wait()
+        has_ended.set()
+        if fails:
+            raise NotFoundError("gone")
+
+    task = asyncio.create_task(completed(work()))
+    await has_started.wait()
+    task.cancel()
+    await asyncio.sleep(0)  # lets the cancellation in
+    may_end.set()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert has_ended.is_set()
+
+
+async def test_work_that_is_not_cancelled_has_its_own_outcome() -> None:
+    async def work(error: Exception | None) -> int:
+        if error is not None:
+            raise error
+        return 7
+
+    assert await completed(work(None)) == 7
+    with pytest.raises(NotFoundError, match="gone"):
+        await completed(work(NotFoundError("gone")))
 
 
 async def test_a_cleanup_runs_to_its_end_also_when_cancelled_twice() -> None:
