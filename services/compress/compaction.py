@@ -139,7 +139,7 @@ class Compactor:
                     return Compacted(stored.version, before, before)
                 version = await self._commit(job, stored.version, after)
             finally:
-                # Those that the session does not name: it was not committed, or they were of no use.
+                # What the session does not name: it was not committed, or was of no use.
                 await finish(
                     "compaction.release",
                     self._store.release_segments(tenant, session_id, job.made),
