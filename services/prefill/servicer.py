@@ -97,7 +97,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         # The last token is left to the decode worker, where all sampling happens.
         span = len(manifest.token_ids) - 1 - covered_tokens(manifest)
         if span >= self._settings.min_compress_tokens:
-            manifest.segments.append(await self._segment(manifest, span, policy, response))
+            segment = await self._segment(manifest, span, policy, response)
+            segment.compression.CopyFrom(policies.to_wire(policy))
+            manifest.segments.append(segment)
         response.manifest.CopyFrom(manifest)
         add_request_fields(
             num_new_tokens=response.num_new_tokens,

@@ -90,6 +90,18 @@ async def test_a_long_prompt_becomes_a_segment_of_all_but_its_last_token(stub):
     assert answer.manifest.model_fingerprint == load_tiny().fingerprint
 
 
+async def test_a_segment_says_what_policy_it_was_compressed_by(stub):
+    first = await stub.Prefill(request(session(), IDS))
+    asked = types_pb2.CompressionPolicy(max_kept_tokens=20, max_kv_tokens=40)
+    second = await stub.Prefill(request(first.manifest, IDS, compression=asked))
+
+    policies = [segment.compression for segment in second.manifest.segments]
+    assert policies[0].keep_ratio == 0.5
+    assert (policies[1].max_kept_tokens, policies[1].chunk_size) == (20, 4)
+    # A bound on the answer's KV says nothing about how the prompt was compressed.
+    assert not policies[1].HasField("max_kv_tokens")
+
+
 async def test_a_short_prompt_is_left_pending(stub):
     answer = await stub.Prefill(request(session(), IDS[:16]))
 
