@@ -100,7 +100,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 generation.cancel()
 
             commit_started_at = time.perf_counter()
-            await self._commit(manifest, generation, placement)
+            await self._commit(manifest, generation, placement, request.compression)
             commit_ms = _milliseconds(commit_started_at, time.perf_counter())
 
         finish = _finish(manifest, generation.sequence, sampling, started_at, commit_ms)
@@ -181,7 +181,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
 
     async def _commit(
-        self, manifest: manifest_pb2.Manifest, generation: Generation, placement: Placement
+        self,
+        manifest: manifest_pb2.Manifest,
+        generation: Generation,
+        placement: Placement,
+        compression: types_pb2.CompressionPolicy,
     ) -> None:
         """Add the answer to the manifest, store its KV, and commit; keep the KV in memory.
 
@@ -199,6 +203,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sealed = await placement.in_thread(self._seal, generation.kv, manifest, ttl_s)
         if sealed is not None:
             span, segment = sealed
+            if compression.HasField("max_kv_tokens"):
+                segment.compression.CopyFrom(compression)
             manifest.segments.append(segment)
         expected_version = manifest.version
         manifest.version += 1

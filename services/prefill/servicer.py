@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc.aio
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, session_pb2
 from services.compress import policy as policies
-from services.compress.memory import ReceivePool
-from services.compress.segments import (
-    covered_tokens,
-    encode_segment,
-    fetched_segments,
-    find_segment,
-    library_errors,
-    put_encoded,
-    segment_id,
-)
+from services.compress.segments import covered_tokens, find_segment, segment_id
 from services.models.chat import tokenize
 from services.models.loader import LoadedModel
 from services.prefill.config import PrefillSettings
+from services.prefill.rebuild import Rebuilder
 from services.prefill.runner import PrefillRunner
+from services.prefill.segments import SegmentMaker, Span, timed
 from services.runtime.errors import InvalidRequestError, MismatchError
 from services.runtime.telemetry import add_request_fields
 from services.store.base import SegmentStore
-
-T = TypeVar("T")
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -46,11 +35,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         worker_id: str,
     ) -> None:
         self._loaded = loaded
-        self._runner = runner
         self._store = store
         self._settings = settings
         self._worker_id = worker_id
-        self._receive_pool = ReceivePool()
+        self._maker = SegmentMaker(loaded, runner, store)
+        self._rebuilder = Rebuilder(loaded, self._maker, store, ttl_s=settings.ephemeral_ttl_s)
         self._bytes_per_token = kv_bytes_per_token(loaded.model)
 
     async def Tokenize(
@@ -66,7 +55,20 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         request: prefill_pb2.RebuildRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> prefill_pb2.RebuildResponse:
-        raise NotImplementedError
+        rebuilt = await self._rebuilder.rebuild(request.manifest)
+        response = prefill_pb2.RebuildResponse(
+            manifest=request.manifest,
+            num_rebuilt_tokens=rebuilt.num_rebuilt_tokens,
+            prefill_ms=rebuilt.prefill_ms,
+            worker_id=self._worker_id,
+        )
+        del response.manifest.segments[:]
+        response.manifest.segments.extend(rebuilt.segments)
+        add_request_fields(
+            num_rebuilt_tokens=response.num_rebuilt_tokens,
+            prefill_ms=round(response.prefill_ms, 1),
+        )
+        return response
 
     async def Prefill(
         self,
@@ -81,7 +83,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 "start a new session"
             )
         before = list(manifest.token_ids)
-        new_ids, tokenize_ms = await _timed(lambda: tokenize(self._loaded, request, before=before))
+        new_ids, tokenize_ms = await timed(lambda: tokenize(self._loaded, request, before=before))
         self._check_length(len(before), len(new_ids), request.min_free_tokens)
         policy = self._policy(request, len(new_ids))
         manifest.token_ids.extend(new_ids)
@@ -113,43 +115,35 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     async def _segment(
         self,
         manifest: manifest_pb2.Manifest,
-        span: int,
+        num_tokens: int,
         policy: chunkkv.CompressionPolicy,
         response: prefill_pb2.PrefillResponse,
     ) -> session_pb2.Segment:
-        """Find or make the segment of the next ``span`` tokens; note its cost in ``response``."""
-        ttl_s = manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s
-        fingerprint = self._loaded.fingerprint
+        """Find or make the segment of the next ``num_tokens``; note its cost in ``response``."""
+        start = covered_tokens(manifest)
+        span = Span(
+            name=segment_id(
+                manifest,
+                num_tokens=num_tokens,
+                policy=policy.canonical(),
+                fingerprint=self._loaded.fingerprint,
+            ),
+            token_ids=manifest.token_ids[start : start + num_tokens],
+            policy=policy,
+            before=tuple(manifest.segments),
+            known={},
+            ttl_s=manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s,
+        )
         if manifest.session_id:
-            name = segment_id(
-                manifest, num_tokens=span, policy=policy.canonical(), fingerprint=fingerprint
-            )
-            found = await asyncio.to_thread(find_segment, self._store, name, ttl_s=ttl_s)
+            found = await asyncio.to_thread(find_segment, self._store, span.name, ttl_s=span.ttl_s)
             if found is not None:
                 return found
-        start = covered_tokens(manifest)
-        past = await asyncio.to_thread(self._open, manifest)
-        result = await self._runner.run(manifest.token_ids[start : start + span], past, policy)
-        encoded, encode_ms = await _timed(lambda: encode_segment(result.kv, manifest))
-        segment, store_ms = await _timed(lambda: put_encoded(self._store, encoded, ttl_s=ttl_s))
-        response.num_prefilled_tokens = span
-        response.prefill_ms = result.prefill_ms
-        response.compression_ms = result.compression_ms + encode_ms
-        response.store_ms = store_ms
-        return segment
-
-    def _open(self, manifest: manifest_pb2.Manifest) -> chunkkv.KVCache:
-        """Fetch the session's KV cache. Blocks."""
-        fetched = fetched_segments(
-            self._store,
-            list(manifest.segments),
-            fingerprint=self._loaded.fingerprint,
-            pool=self._receive_pool,
-        )
-        with fetched as prefix, library_errors():
-            return chunkkv.KVCache.from_segments(
-                self._loaded.model.config, prefix.kv, device=self._loaded.device
-            )
+        made = await self._maker.make(span)
+        response.num_prefilled_tokens = num_tokens
+        response.prefill_ms = made.prefill_ms
+        response.compression_ms = made.compression_ms
+        response.store_ms = made.store_ms
+        return made.segment
 
     def _policy(
         self, request: prefill_pb2.PrefillRequest, num_new_tokens: int
@@ -195,10 +189,3 @@ def kv_bytes_per_token(model: Any) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_hidden_layers * config.num_key_value_heads
     return int(2 * heads * head_dim * model.dtype.itemsize)
-
-
-async def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Run blocking ``work`` on a thread; return its result and milliseconds."""
-    started = time.perf_counter()
-    result = await asyncio.to_thread(work)
-    return result, (time.perf_counter() - started) * 1000

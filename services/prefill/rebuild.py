@@ -1,0 +1,195 @@
+"""Heals a session: checks its segments, and computes again those that are missing or damaged."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from dataclasses import dataclass
+
+from prometheus_client import Counter
+
+import chunkkv
+from chunkserve.v1 import manifest_pb2, session_pb2
+from services.compress import policy as policies
+from services.compress.segments import covered_tokens
+from services.models.loader import LoadedModel
+from services.prefill.segments import MadeSegment, SegmentMaker, Span
+from services.runtime.errors import InvalidRequestError, MismatchError
+from services.store.base import SegmentStore
+
+_SEGMENTS = Counter("chunkserve_prefill_rebuilt_segments", "Lost segments computed again.")
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltSession:
+    """A session whose segments are all in the store and intact.
+
+    Attributes:
+        segments: The manifest's entries, in order.
+        num_rebuilt_tokens: Tokens of the spans that were computed again.
+        prefill_ms: Milliseconds of forward passes.
+    """
+
+    segments: list[session_pb2.Segment]
+    num_rebuilt_tokens: int
+    prefill_ms: float
+
+
+class Rebuilder:
+    """Heals sessions of one model.
+
+    Args:
+        loaded: The model.
+        maker: Computes and stores spans.
+        store: Where segments are.
+        ttl_s: How long a segment lives whose session names no time.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, maker: SegmentMaker, store: SegmentStore, *, ttl_s: float
+    ) -> None:
+        self._loaded = loaded
+        self._maker = maker
+        self._store = store
+        self._ttl_s = ttl_s
+
+    async def rebuild(self, manifest: manifest_pb2.Manifest) -> RebuiltSession:
+        """Return the session with every segment stored and intact.
+
+        Each span is computed on top of those before it as they are stored, so the KV cache is the
+        one that was lost: the same positions, and values up to rounding.
+
+        Raises:
+            InvalidRequestError: It is no session's manifest, or its entries contradict its tokens.
+            MismatchError: This worker cannot compute what was lost.
+            OverloadedError: Too many prompts wait, or the store is full.
+            UnavailableError: The store is away.
+        """
+        self._check(manifest)
+        ttl_s = manifest.ttl.ToTimedelta().total_seconds() or self._ttl_s
+        segments: list[session_pb2.Segment] = []
+        known: dict[str, chunkkv.CompressedKV] = {}
+        num_tokens, prefill_ms = 0, 0.0
+        for entry in manifest.segments:
+            start = entry.first_token
+            span = Span(
+                name=entry.recompression.original_segment_id or entry.segment_id,
+                token_ids=manifest.token_ids[start : start + entry.num_tokens],
+                policy=_policy(entry),
+                before=tuple(segments),
+                known=known,
+                ttl_s=ttl_s,
+            )
+            healed = await self._heal(entry, span)
+            assert healed.kv is not None  # fetched, or just computed
+            segments.append(healed.segment)
+            known[healed.segment.segment_id] = healed.kv
+            if healed.is_computed:
+                num_tokens += entry.num_tokens
+                prefill_ms += healed.prefill_ms
+        return RebuiltSession(segments, num_tokens, prefill_ms)
+
+    async def _heal(self, entry: session_pb2.Segment, span: Span) -> MadeSegment:
+        """Return an intact segment: as it is, or as it was before it was compressed again."""
+        kv = await asyncio.to_thread(self._maker.fetch_intact, entry)
+        if kv is not None:
+            return MadeSegment(entry, kv)
+        if span.name != entry.segment_id:
+            # Nobody makes this one again under its name: whoever finds it would find the damage.
+            await asyncio.to_thread(self._store.delete_segments, [entry.segment_id])
+        original = _original(entry, span.name)
+        return await self._find(original) or await self._make(original, span)
+
+    async def _find(self, original: session_pb2.Segment) -> MadeSegment | None:
+        kv = await asyncio.to_thread(self._maker.fetch_intact, original)
+        return None if kv is None else MadeSegment(original, kv)
+
+    async def _make(self, original: session_pb2.Segment, span: Span) -> MadeSegment:
+        # A copy with an intact header and damaged parts would stay where it is.
+        await asyncio.to_thread(self._store.delete_segments, [span.name])
+        result = await self._maker.compute(span)
+        if result.kv.num_kept_tokens != original.num_kept_tokens:
+            raise MismatchError(
+                f"segment {span.name} kept {original.num_kept_tokens} tokens; computed again, it "
+                f"keeps {result.kv.num_kept_tokens}: it was compressed in another way than its "
+                "session says; start a new session"
+            )
+        made = await self._maker.store(span, result)
+        if original.HasField("compression"):
+            made.segment.compression.CopyFrom(original.compression)
+        made.segment.is_prefix = original.is_prefix
+        _SEGMENTS.inc()
+        return made
+
+    def _check(self, manifest: manifest_pb2.Manifest) -> None:
+        if not manifest.session_id:
+            raise InvalidRequestError(
+                "a one-off request's segments are never computed again; send the request again",
+                field="manifest.session_id",
+            )
+        if manifest.model_fingerprint != self._loaded.fingerprint:
+            raise MismatchError(
+                f"session {manifest.session_id} was computed by model "
+                f"{manifest.model_fingerprint}, this worker runs {self._loaded.fingerprint}: its "
+                "segments cannot be computed again here; start a new session"
+            )
+        num_covered = covered_tokens(manifest)
+        if num_covered > self._loaded.max_model_len:
+            raise MismatchError(
+                f"session {manifest.session_id} has {num_covered} tokens in segments, this worker "
+                f"takes {self._loaded.max_model_len}: they cannot be computed again here"
+            )
+        _check_spans(manifest)
+        vocab_size = int(self._loaded.model.config.get_text_config().vocab_size)
+        for token in manifest.token_ids[:num_covered]:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequestError(
+                    f"manifest.token_ids has {token}; {self._loaded.name} has tokens 0 to "
+                    f"{vocab_size - 1}",
+                    field="manifest.token_ids",
+                )
+
+
+def _check_spans(manifest: manifest_pb2.Manifest) -> None:
+    end = 0
+    for index, entry in enumerate(manifest.segments):
+        if entry.first_token != end or entry.num_tokens < 1:
+            raise InvalidRequestError(
+                f"segments[{index}] has {entry.num_tokens} tokens from {entry.first_token}; the "
+                f"one before ends at {end}",
+                field=f"manifest.segments[{index}]",
+            )
+        end += entry.num_tokens
+    if end > len(manifest.token_ids):
+        raise InvalidRequestError(
+            f"the segments have {end} tokens, the session {len(manifest.token_ids)}",
+            field="manifest.token_ids",
+        )
+
+
+def _original(entry: session_pb2.Segment, name: str) -> session_pb2.Segment:
+    """Return a manifest's entry as it was before its segment was compressed again."""
+    original = session_pb2.Segment()
+    original.CopyFrom(entry)
+    if entry.HasField("recompression"):
+        original.segment_id = name
+        original.num_kept_tokens = entry.recompression.original_kept_tokens
+        original.size_bytes = entry.recompression.original_bytes
+        original.ClearField("kv_bytes")
+        original.ClearField("recompression")
+    return original
+
+
+def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
+    """Return what a span was compressed by; ``None``: it was stored whole."""
+    if not entry.HasField("compression"):
+        return None
+    policy = policies.from_wire(entry.compression, chunkkv.CompressionPolicy())
+    if not entry.compression.HasField("max_kv_tokens"):
+        return policy
+    # An answer whose KV was bounded while it grew. Which tokens went at which step is not known
+    # any more; as many are kept, all chosen at the end.
+    kept = entry.recompression.original_kept_tokens or entry.num_kept_tokens
+    if kept == entry.num_tokens:
+        return None
+    return dataclasses.replace(policy, keep_ratio=None, max_kept_tokens=kept, sink_tokens=0)
