@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import dataclasses
+from typing import Any, Final, cast
 
 import chunkkv
 from chunkserve.v1 import types_pb2
@@ -46,20 +47,45 @@ def from_wire(
         return chunkkv.CompressionPolicy(**{budget: getattr(message, budget)}, **values)
 
 
+def prefix_policy(
+    policy: chunkkv.CompressionPolicy, *messages: types_pb2.CompressionPolicy, default: str
+) -> chunkkv.CompressionPolicy:
+    """Return the policy of a prefix that ends with a ``cache_breakpoint``.
+
+    Args:
+        policy: What applies to the prompt.
+        messages: The first one that sets ``prefix_scorer`` names the prefix's scorer.
+        default: Scorer if none does.
+
+    Raises:
+        InvalidRequestError: There is no such scorer.
+    """
+    number = next((m.prefix_scorer for m in messages if m.prefix_scorer), 0)
+    scorer: Any = _SCORERS.get(number, f"number {number}") if number else default
+    with library_errors():
+        return dataclasses.replace(policy, scorer=scorer)
+
+
 def to_wire(
-    policy: chunkkv.CompressionPolicy, *, max_kv_tokens: int | None = None
+    policy: chunkkv.CompressionPolicy,
+    *,
+    max_kv_tokens: int | None = None,
+    prefix_scorer: str | None = None,
 ) -> types_pb2.CompressionPolicy:
     """Return a message with every field of the policy set.
 
     Args:
         policy: What is kept of a prompt.
         max_kv_tokens: Bound of the KV while an answer is generated, if there is one.
+        prefix_scorer: Scorer of prefixes, where it matters.
     """
     message = types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens)
     for name in _INTEGERS:
         setattr(message, name, getattr(policy, name))
     for name, names in _ENUMS.items():
         setattr(message, name, _number(names, getattr(policy, name)))
+    if prefix_scorer is not None:
+        message.prefix_scorer = cast(Any, _number(_SCORERS, prefix_scorer))
     if policy.max_kept_tokens is not None:
         message.max_kept_tokens = policy.max_kept_tokens
     elif policy.keep_ratio is not None:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 import chunkkv
+from chunkkv.policy import Scorer
 from services.models.weights import WeightsDtype
 from services.runtime.config import ServiceSettings
 
@@ -34,6 +35,9 @@ class PrefillSettings(ServiceSettings):
         chunk_size: Default policy: tokens in a chunk.
         window_size: Default policy: observation window.
         sink_tokens: Default policy: leading tokens that are always kept.
+        prefix_scorer: Default policy: scorer of prefixes that end with a ``cache_breakpoint``.
+        segment_lease_s: Seconds after the death of a worker until another one computes the segment
+            that it was computing.
     """
 
     listen: str = "127.0.0.1:50052"
@@ -53,6 +57,8 @@ class PrefillSettings(ServiceSettings):
     chunk_size: int = Field(default=20, ge=1)
     window_size: int = Field(default=16, ge=1)
     sink_tokens: int = Field(default=4, ge=0)
+    prefix_scorer: Scorer = "window"
+    segment_lease_s: float = Field(default=10, gt=0, allow_inf_nan=False)
 
     @property
     def default_policy(self) -> chunkkv.CompressionPolicy:

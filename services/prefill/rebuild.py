@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import Counter
 
@@ -13,9 +14,11 @@ from chunkserve.v1 import manifest_pb2, session_pb2
 from services.compress import policy as policies
 from services.compress.segments import covered_tokens
 from services.models.loader import LoadedModel
+from services.prefill.config import PrefillSettings
 from services.prefill.segments import MadeSegment, SegmentMaker, Span
+from services.prefill.single_flight import SingleFlight
 from services.runtime.errors import InvalidRequestError, MismatchError
-from services.store.base import SegmentStore
+from services.store.base import Store
 
 _SEGMENTS = Counter("chunkserve_prefill_rebuilt_segments", "Lost segments computed again.")
 
@@ -42,16 +45,18 @@ class Rebuilder:
         loaded: The model.
         maker: Computes and stores spans.
         store: Where segments are.
-        ttl_s: How long a segment lives whose session names no time.
+        settings: Of the worker.
     """
 
     def __init__(
-        self, loaded: LoadedModel, maker: SegmentMaker, store: SegmentStore, *, ttl_s: float
+        self, loaded: LoadedModel, maker: SegmentMaker, store: Store, settings: PrefillSettings
     ) -> None:
         self._loaded = loaded
         self._maker = maker
         self._store = store
-        self._ttl_s = ttl_s
+        self._ttl_s = settings.ephemeral_ttl_s
+        # Not those of prompts, which take a segment by its name and do not look at its parts.
+        self._flights = SingleFlight[MadeSegment](store, lease_ttl_s=settings.segment_lease_s)
 
     async def rebuild(self, manifest: manifest_pb2.Manifest) -> RebuiltSession:
         """Return the session with every segment stored and intact.
@@ -98,7 +103,12 @@ class Rebuilder:
             # Nobody makes this one again under its name: whoever finds it would find the damage.
             await asyncio.to_thread(self._store.delete_segments, [entry.segment_id])
         original = _original(entry, span.name)
-        return await self._find(original) or await self._make(original, span)
+        made, _ = await self._flights.run(
+            span.name, find=partial(self._find, original), make=partial(self._make, original, span)
+        )
+        # Other sessions that wait for the same segment have entries of their own.
+        original.size_bytes = made.segment.size_bytes
+        return dataclasses.replace(made, segment=original)
 
     async def _find(self, original: session_pb2.Segment) -> MadeSegment | None:
         kv = await asyncio.to_thread(self._maker.fetch_intact, original)
@@ -114,12 +124,8 @@ class Rebuilder:
                 f"keeps {result.kv.num_kept_tokens}: it was compressed in another way than its "
                 "session says; start a new session"
             )
-        made = await self._maker.store(span, result)
-        if original.HasField("compression"):
-            made.segment.compression.CopyFrom(original.compression)
-        made.segment.is_prefix = original.is_prefix
         _SEGMENTS.inc()
-        return made
+        return await self._maker.store(span, result)
 
     def _check(self, manifest: manifest_pb2.Manifest) -> None:
         if not manifest.session_id:

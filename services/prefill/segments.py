@@ -15,6 +15,7 @@ from services.compress.segments import (
     EncodedSegment,
     describe,
     fetched_segments,
+    find_segment,
     library_errors,
     put_encoded,
 )
@@ -79,6 +80,15 @@ class SegmentMaker:
         self._runner = runner
         self._store = store
         self._receive_pool = ReceivePool()
+
+    async def find(self, span: Span) -> MadeSegment | None:
+        """Return a span's segment if the store has it, its life extended. Parts are not looked at.
+
+        Raises:
+            MismatchError: Something else is stored under this name.
+        """
+        found = await asyncio.to_thread(find_segment, self._store, span.name, ttl_s=span.ttl_s)
+        return None if found is None else MadeSegment(found, None)
 
     async def make(self, span: Span) -> MadeSegment:
         """Compute a span and store what is kept; see ``compute`` and ``store``."""

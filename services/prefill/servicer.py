@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc.aio
+from prometheus_client import Counter
 
 import chunkkv
-from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, session_pb2
+from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc
 from services.compress import policy as policies
-from services.compress.segments import covered_tokens, find_segment, segment_id
-from services.models.chat import tokenize
+from services.compress.segments import covered_tokens, segment_id
+from services.models.chat import prefix_ends, tokenize
 from services.models.loader import LoadedModel
 from services.prefill.config import PrefillSettings
+from services.prefill.plan import PlannedSpan, plan_spans
 from services.prefill.rebuild import Rebuilder
 from services.prefill.runner import PrefillRunner
-from services.prefill.segments import SegmentMaker, Span, timed
+from services.prefill.segments import MadeSegment, SegmentMaker, Span, timed
+from services.prefill.single_flight import SingleFlight
 from services.runtime.errors import InvalidRequestError, MismatchError
 from services.runtime.telemetry import add_request_fields
-from services.store.base import SegmentStore
+from services.store.base import Store
+
+_SEGMENTS = Counter(
+    "chunkserve_prefill_segments",
+    "Segments of prompts.",
+    ["source"],  # computed, or found: in the store, or computed for another request
+)
+_SHARED_TOKENS = Counter(
+    "chunkserve_prefill_shared_tokens",
+    "New prompt tokens whose KV was in the store, or computed for another request.",
+)
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """Turns a prompt into the segment that a session lacks."""
+    """Turns a prompt into the segments that a session lacks, and heals those that it has."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         runner: PrefillRunner,
-        store: SegmentStore,
+        store: Store,
         settings: PrefillSettings,
         *,
         worker_id: str,
     ) -> None:
         self._loaded = loaded
-        self._store = store
         self._settings = settings
         self._worker_id = worker_id
         self._maker = SegmentMaker(loaded, runner, store)
-        self._rebuilder = Rebuilder(loaded, self._maker, store, ttl_s=settings.ephemeral_ttl_s)
+        self._rebuilder = Rebuilder(loaded, self._maker, store, settings)
+        self._flights = SingleFlight[MadeSegment](store, lease_ttl_s=settings.segment_lease_s)
         self._bytes_per_token = kv_bytes_per_token(loaded.model)
 
     async def Tokenize(
@@ -83,9 +98,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 "start a new session"
             )
         before = list(manifest.token_ids)
-        new_ids, tokenize_ms = await timed(lambda: tokenize(self._loaded, request, before=before))
+        (new_ids, ends), tokenize_ms = await timed(lambda: self._tokenize(request, before))
         self._check_length(len(before), len(new_ids), request.min_free_tokens)
         policy = self._policy(request, len(new_ids))
+        prefix_policy = policies.prefix_policy(
+            policy,
+            request.compression,
+            manifest.compression,
+            default=self._settings.prefix_scorer,
+        )
         manifest.token_ids.extend(new_ids)
         manifest.model_fingerprint = self._loaded.fingerprint
 
@@ -94,56 +115,86 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             full_kv_bytes_per_token=self._bytes_per_token,
             tokenize_ms=tokenize_ms,
             worker_id=self._worker_id,
-            compression=policies.to_wire(policy, max_kv_tokens=_max_kv_tokens(request)),
+            compression=policies.to_wire(
+                policy, max_kv_tokens=_max_kv_tokens(request), prefix_scorer=prefix_policy.scorer
+            ),
         )
-        # The last token is left to the decode worker, where all sampling happens.
-        span = len(manifest.token_ids) - 1 - covered_tokens(manifest)
-        if span >= self._settings.min_compress_tokens:
-            segment = await self._segment(manifest, span, policy, response)
-            segment.compression.CopyFrom(policies.to_wire(policy))
-            manifest.segments.append(segment)
+        spans = plan_spans(
+            covered_tokens(manifest),
+            # The last token is left to the decode worker, where all sampling happens.
+            len(manifest.token_ids) - 1,
+            # Nobody else can find a one-off request's segments.
+            [len(before) + end for end in ends] if manifest.session_id else [],
+            policy=policy,
+            prefix_policy=prefix_policy,
+            min_tokens=self._settings.min_compress_tokens,
+        )
+        known: dict[str, chunkkv.CompressedKV] = {}
+        for span in spans:
+            made, is_shared = await self._segment(manifest, span, known)
+            if is_shared:
+                num_shared = span.end - max(span.start, len(before))
+                response.num_shared_tokens += num_shared
+                _SHARED_TOKENS.inc(num_shared)
+            else:
+                response.num_prefilled_tokens += span.num_tokens
+                response.prefill_ms += made.prefill_ms
+                response.compression_ms += made.compression_ms
+                response.store_ms += made.store_ms
+            _SEGMENTS.labels("found" if is_shared else "computed").inc()
+            if made.kv is not None:
+                known[made.segment.segment_id] = made.kv
+            segment = manifest.segments.add()
+            segment.CopyFrom(made.segment)
+            segment.compression.CopyFrom(policies.to_wire(span.policy))
+            segment.is_prefix = span.is_prefix
         response.manifest.CopyFrom(manifest)
         add_request_fields(
             num_new_tokens=response.num_new_tokens,
             num_prefilled_tokens=response.num_prefilled_tokens,
+            num_shared_tokens=response.num_shared_tokens,
             prefill_ms=round(response.prefill_ms, 1),
             compression_ms=round(response.compression_ms, 1),
             store_ms=round(response.store_ms, 1),
         )
         return response
 
+    def _tokenize(
+        self, request: prefill_pb2.PrefillRequest, before: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return the new tokens, and how many of them each marked prefix has."""
+        ids = tokenize(self._loaded, request, before=before)
+        return ids, prefix_ends(self._loaded, request, ids, before=before)
+
     async def _segment(
         self,
         manifest: manifest_pb2.Manifest,
-        num_tokens: int,
-        policy: chunkkv.CompressionPolicy,
-        response: prefill_pb2.PrefillResponse,
-    ) -> session_pb2.Segment:
-        """Find or make the segment of the next ``num_tokens``; note its cost in ``response``."""
-        start = covered_tokens(manifest)
+        planned: PlannedSpan,
+        known: Mapping[str, chunkkv.CompressedKV],
+    ) -> tuple[MadeSegment, bool]:
+        """Find or make the segment of the next span; return whether it was there already."""
         span = Span(
             name=segment_id(
                 manifest,
-                num_tokens=num_tokens,
-                policy=policy.canonical(),
+                num_tokens=planned.num_tokens,
+                policy=planned.policy.canonical(),
                 fingerprint=self._loaded.fingerprint,
             ),
-            token_ids=manifest.token_ids[start : start + num_tokens],
-            policy=policy,
+            token_ids=manifest.token_ids[planned.start : planned.end],
+            policy=planned.policy,
             before=tuple(manifest.segments),
-            known={},
+            known=known,
             ttl_s=manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s,
         )
-        if manifest.session_id:
-            found = await asyncio.to_thread(find_segment, self._store, span.name, ttl_s=span.ttl_s)
-            if found is not None:
-                return found
-        made = await self._maker.make(span)
-        response.num_prefilled_tokens = num_tokens
-        response.prefill_ms = made.prefill_ms
-        response.compression_ms = made.compression_ms
-        response.store_ms = made.store_ms
-        return made.segment
+        if not manifest.session_id:
+            return await self._maker.make(span), False
+        find = partial(self._maker.find, span)
+        if (found := await find()) is not None:
+            return found, True
+        made, is_first = await self._flights.run(
+            span.name, find=find, make=partial(self._maker.make, span)
+        )
+        return made, not (made.is_computed and is_first)
 
     def _policy(
         self, request: prefill_pb2.PrefillRequest, num_new_tokens: int

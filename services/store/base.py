@@ -125,6 +125,22 @@ class SegmentStore(Protocol):
         """
 
 
+class SegmentLeases(Protocol):
+    """Who computes a segment that is not there, of all processes. Blocking and thread-safe.
+
+    A hint, so that work is not done twice: whoever lost a lease may still store the segment.
+    """
+
+    def acquire_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Take the lease under a token of the caller's making; ``False`` if another one has it."""
+
+    def renew_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Extend a lease; ``False`` if it is not ours any more."""
+
+    def release_segment_lease(self, segment_id: str, token: str) -> None:
+        """Give a lease back. Harmless if it is not ours any more."""
+
+
 class SessionStore(Protocol):
     """Manifests, leases and the list of sessions. Asynchronous: called from event loops."""
 
@@ -206,7 +222,7 @@ class Registry(Protocol):
         """Return all living workers."""
 
 
-class Store(SegmentStore, SessionStore, Registry, Protocol):
+class Store(SegmentStore, SegmentLeases, SessionStore, Registry, Protocol):
     """All of it, over one server."""
 
     async def ping(self) -> None:

@@ -21,7 +21,7 @@ from services.runtime.errors import (
     InvalidRequestError,
     NotFoundError,
 )
-from services.store import keys
+from services.store import keys, lease_scripts
 from services.store.base import SessionPage, StoredManifest
 from services.store.connect import AsyncClient
 from services.store.failures import segment_not_found, store_errors, ttl_ms
@@ -63,16 +63,6 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2], 'NX')
 redis.call('PEXPIRE', KEYS[1], ARGV[2], 'GT')
 """
 
-_RENEW: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('PEXPIRE', KEYS[1], ARGV[2])
-"""
-
-_RELEASE: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])
-"""
-
 
 class RedisSessions:
     """Implements ``SessionStore``.
@@ -89,8 +79,8 @@ class RedisSessions:
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
         self._list = client.register_script(_LIST)
-        self._renew = client.register_script(_RENEW)
-        self._release = client.register_script(_RELEASE)
+        self._renew = client.register_script(lease_scripts.RENEW)
+        self._release = client.register_script(lease_scripts.RELEASE)
 
     async def create_manifest(
         self, tenant: str, session_id: str, body: bytes, *, ttl_s: float
