@@ -29,6 +29,7 @@ def test_a_segments_keys_share_a_slot(segment_id: str, index: int):
     part = keys.segment_part(segment_id, b"copyname", index)
 
     assert slot(part) == slot(keys.segment_header(segment_id))
+    assert slot(part) == slot(keys.segment_lease(segment_id))
 
 
 @given(worker_id=NAMES)
