@@ -196,6 +196,6 @@ def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
     # An answer whose KV was bounded while it grew. Which tokens went at which step is not known
     # any more; as many are kept, all chosen at the end.
     kept = entry.recompression.original_kept_tokens or entry.num_kept_tokens
-    if kept == entry.num_tokens:
+    if kept in (0, entry.num_tokens):  # 0: a model that only has sliding windows
         return None
     return dataclasses.replace(policy, keep_ratio=None, max_kept_tokens=kept, sink_tokens=0)

@@ -22,7 +22,7 @@ from services.prefill.rebuild import Rebuilder
 from services.prefill.runner import PrefillRunner
 from services.prefill.segments import MadeSegment, SegmentMaker, Span, timed
 from services.prefill.single_flight import SingleFlight
-from services.runtime.errors import InvalidRequestError, MismatchError
+from services.runtime.errors import CorruptError, InvalidRequestError, MismatchError, NotFoundError
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store
 
@@ -129,13 +129,45 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             prefix_policy=prefix_policy,
             min_tokens=self._settings.min_compress_tokens,
         )
+        await self._add_segments(manifest, spans, response, num_before=len(before))
+        response.manifest.CopyFrom(manifest)
+        add_request_fields(
+            num_new_tokens=response.num_new_tokens,
+            num_prefilled_tokens=response.num_prefilled_tokens,
+            num_shared_tokens=response.num_shared_tokens,
+            prefill_ms=round(response.prefill_ms, 1),
+            compression_ms=round(response.compression_ms, 1),
+            store_ms=round(response.store_ms, 1),
+        )
+        return response
+
+    async def _add_segments(
+        self,
+        manifest: manifest_pb2.Manifest,
+        spans: Sequence[PlannedSpan],
+        response: prefill_pb2.PrefillResponse,
+        *,
+        num_before: int,
+    ) -> None:
+        """Add a segment for each span to the manifest; note in ``response`` what they cost."""
         known: dict[str, chunkkv.CompressedKV] = {}
+        num_stored = len(manifest.segments)
         for span in spans:
-            made, is_shared = await self._segment(manifest, span, known)
+            try:
+                made, is_shared = await self._segment(manifest, span, known)
+            except (NotFoundError, CorruptError):
+                if len(manifest.segments) == num_stored:
+                    raise  # the session itself is damaged; whoever has it rebuilt, says so
+                # A prefix that was found by its name. No session that is stored names it.
+                rebuilt = await self._rebuilder.rebuild(manifest)
+                del manifest.segments[:]
+                manifest.segments.extend(rebuilt.segments)
+                response.num_prefilled_tokens += rebuilt.num_rebuilt_tokens
+                response.num_shared_tokens -= rebuilt.num_rebuilt_tokens
+                response.prefill_ms += rebuilt.prefill_ms
+                made, is_shared = await self._segment(manifest, span, known)
             if is_shared:
-                num_shared = span.end - max(span.start, len(before))
-                response.num_shared_tokens += num_shared
-                _SHARED_TOKENS.inc(num_shared)
+                response.num_shared_tokens += span.end - max(span.start, num_before)
             else:
                 response.num_prefilled_tokens += span.num_tokens
                 response.prefill_ms += made.prefill_ms
@@ -148,16 +180,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             segment.CopyFrom(made.segment)
             segment.compression.CopyFrom(policies.to_wire(span.policy))
             segment.is_prefix = span.is_prefix
-        response.manifest.CopyFrom(manifest)
-        add_request_fields(
-            num_new_tokens=response.num_new_tokens,
-            num_prefilled_tokens=response.num_prefilled_tokens,
-            num_shared_tokens=response.num_shared_tokens,
-            prefill_ms=round(response.prefill_ms, 1),
-            compression_ms=round(response.compression_ms, 1),
-            store_ms=round(response.store_ms, 1),
-        )
-        return response
+        response.num_shared_tokens = max(response.num_shared_tokens, 0)
+        _SHARED_TOKENS.inc(response.num_shared_tokens)
 
     def _tokenize(
         self, request: prefill_pb2.PrefillRequest, before: Sequence[int]

@@ -124,6 +124,37 @@ async def test_another_session_computes_only_what_follows_the_prefixes_that_are_
     assert alone.manifest.segments == second.manifest.segments
 
 
+@pytest.mark.parametrize("damage", ["part_gone", "part_damaged"])
+async def test_a_prefix_that_is_found_and_damaged_is_mended_on_the_way(
+    stub, store, valkey_url, damage
+):
+    first = await stub.Prefill(asked(("system", BOOK, True), ("user", "Who?" * 5, False)))
+    name = first.manifest.segments[0].segment_id
+    with redis.Redis.from_url(valkey_url) as client:
+        [part] = keys.segment_parts(name, client.get(keys.segment_header(name)))
+        if damage == "part_gone":
+            client.delete(part)
+        else:
+            client.setrange(part, 100, b"\xff\x00\xff")
+    other = asked(("system", BOOK, True), ("user", QUESTION, False))
+
+    second = await stub.Prefill(other)
+    third = await stub.Prefill(other)
+
+    assert second.num_prefilled_tokens == PREFIX_LEN + QUESTION_LEN
+    assert second.num_shared_tokens == 0
+    assert second.manifest.segments[0] == first.manifest.segments[0]
+    assert third.num_shared_tokens == PREFIX_LEN + QUESTION_LEN
+    lent = fetched_segments(
+        store,
+        third.manifest.segments,
+        fingerprint=third.manifest.model_fingerprint,
+        pool=ReceivePool(),
+    )
+    with lent as fetched:
+        assert [kv.num_tokens for kv in fetched.kv] == [PREFIX_LEN, QUESTION_LEN]
+
+
 async def test_another_tenants_prefix_is_not_shared(stub):
     messages = [("system", BOOK, True), ("user", QUESTION, False)]
     await stub.Prefill(asked(*messages))

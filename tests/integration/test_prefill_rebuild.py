@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -25,9 +27,11 @@ from services.compress.memory import ReceivePool
 from services.compress.segments import fetched_segments
 from services.decode.config import DecodeSettings
 from services.decode.worker import DecodeWorker
+from services.models.loader import LoadedModel
 from services.runtime.server import open_channel
 from services.store import Store, keys
 from tests.integration.prefill_worker import refused, request, serving, session
+from tests.models import tiny_model
 
 DEADLINE_S = 60.0
 PROMPT = [1 + i * 7 % 250 for i in range(60)]
@@ -41,9 +45,14 @@ class Cluster:
     """One prefill worker, one decode worker, one store."""
 
     def __init__(
-        self, store: Store, prefill: prefill_pb2_grpc.PrefillServiceStub, decode: grpc.aio.Channel
+        self,
+        store: Store,
+        prefill: prefill_pb2_grpc.PrefillServiceStub,
+        decode: grpc.aio.Channel,
+        load: Callable[[], LoadedModel],
     ) -> None:
         self.store = store
+        self.load = load
         self.prefill = prefill
         self.decode = decode_pb2_grpc.DecodeServiceStub(decode)
 
@@ -84,8 +93,8 @@ class Cluster:
         unseen = manifest_pb2.Manifest()
         unseen.CopyFrom(manifest)
         unseen.session_id = ""  # nothing of it is kept
-        async with decoding(self.store) as channel:
-            return await Cluster(self.store, self.prefill, channel).answer(unseen)
+        async with decoding(self.store, self.load()) as channel:
+            return await Cluster(self.store, self.prefill, channel, self.load).answer(unseen)
 
     async def rebuild(self, manifest: manifest_pb2.Manifest) -> prefill_pb2.RebuildResponse:
         return await self.prefill.Rebuild(
@@ -103,31 +112,32 @@ class Cluster:
             return [chunkkv.CompressedKV(kv.shape, kv.memory.clone()) for kv in fetched.kv]
 
 
-class decoding:  # used as a function
-    """Serve a decode worker while the block runs."""
+@asynccontextmanager
+async def decoding(store: Store, loaded: LoadedModel) -> AsyncIterator[grpc.aio.Channel]:
+    settings = DecodeSettings(model="tiny", kv_bytes=16 << 20)
+    worker = DecodeWorker(loaded, store, settings, worker_id="decode-1")
+    await worker.start()
+    try:
+        async with open_channel(worker.address) as channel:
+            yield channel
+    finally:
+        await worker.stop(grace_s=0)
 
-    def __init__(self, store: Store) -> None:
-        settings = DecodeSettings(model="tiny", kv_bytes=16 << 20)
-        self._worker = DecodeWorker(load_tiny(), store, settings, worker_id="decode-1")
 
-    async def __aenter__(self) -> grpc.aio.Channel:
-        await self._worker.start()
-        self._channel = open_channel(self._worker.address)
-        return await self._channel.__aenter__()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._channel.__aexit__(*error)
-        await self._worker.stop(grace_s=0)
+@asynccontextmanager
+async def running(store: Store, load: Callable[[], LoadedModel]) -> AsyncIterator[Cluster]:
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        serving(store, loaded=load()) as prefill,
+        decoding(store, load()) as decode,
+    ):
+        yield Cluster(store, prefill, decode, load)
 
 
 @pytest.fixture
 async def cluster(store: Store) -> AsyncIterator[Cluster]:
-    async with (
-        asyncio.timeout(DEADLINE_S),
-        serving(store) as prefill,
-        decoding(store) as decode,
-    ):
-        yield Cluster(store, prefill, decode)
+    async with running(store, load_tiny) as started:
+        yield started
 
 
 @pytest.fixture
@@ -211,6 +221,29 @@ async def test_a_session_of_which_nothing_is_left_is_computed_again_span_by_span
     assert rebuilt.manifest == manifest
     assert rebuilt.num_rebuilt_tokens == sum(s.num_tokens for s in manifest.segments)
     check_same(cluster.fetch(manifest), lost)
+
+
+def load_gemma() -> LoadedModel:
+    """Return a model in which every second layer sees a sliding window."""
+    model = tiny_model("gemma3", vocab_size=257)
+    return dataclasses.replace(
+        load_tiny(), model=model, fingerprint=chunkkv.model_fingerprint(model)
+    )
+
+
+async def test_sliding_windows_are_computed_again_too(store, valkey):
+    async with running(store, load_gemma) as cluster:
+        manifest = await conversation(cluster)
+        manifest.token_ids.append(5)
+        lost, answer = cluster.fetch(manifest), await cluster.answer_from_store(manifest)
+        for segment in manifest.segments[1:]:
+            lose_part(valkey, segment.segment_id)
+
+        rebuilt = await cluster.rebuild(manifest)
+
+        assert rebuilt.manifest == manifest
+        check_same(cluster.fetch(manifest), lost)
+        assert await cluster.answer_from_store(manifest) == answer
 
 
 async def test_where_nothing_is_missing_nothing_is_computed(cluster):
