@@ -101,26 +101,34 @@ class Rebuilder:
             return MadeSegment(entry, kv)
         if span.name != entry.segment_id:
             # Nobody makes this one again under its name: whoever finds it would find the damage.
-            await asyncio.to_thread(self._store.delete_segments, [entry.segment_id])
-        original = _original(entry, span.name)
-        made, _ = await self._flights.run(
-            span.name, find=partial(self._find, original), make=partial(self._make, original, span)
+            await asyncio.to_thread(self._store.discard_copy, entry.segment_id)
+        healed, is_first = await self._flights.run(
+            span.name, find=partial(self._find, span), make=partial(self._make, entry, span)
         )
-        # Other sessions that wait for the same segment have entries of their own.
-        original.size_bytes = made.segment.size_bytes
-        return dataclasses.replace(made, segment=original)
+        if not is_first:
+            await self._maker.find(span)  # for as long as this session lives, too
+        segment = session_pb2.Segment(is_prefix=entry.is_prefix)
+        segment.MergeFrom(healed.segment)
+        if entry.HasField("compression"):
+            segment.compression.CopyFrom(entry.compression)
+        return dataclasses.replace(healed, segment=segment)
 
-    async def _find(self, original: session_pb2.Segment) -> MadeSegment | None:
-        kv = await asyncio.to_thread(self._maker.fetch_intact, original)
-        return None if kv is None else MadeSegment(original, kv)
+    async def _find(self, span: Span) -> MadeSegment | None:
+        """Return a span's segment if it is stored and intact."""
+        found = await self._maker.find(span)
+        if found is None:
+            return None
+        kv = await asyncio.to_thread(self._maker.fetch_intact, found.segment)
+        return None if kv is None else dataclasses.replace(found, kv=kv)
 
-    async def _make(self, original: session_pb2.Segment, span: Span) -> MadeSegment:
+    async def _make(self, entry: session_pb2.Segment, span: Span) -> MadeSegment:
         # A copy with an intact header and damaged parts would stay where it is.
-        await asyncio.to_thread(self._store.delete_segments, [span.name])
+        await asyncio.to_thread(self._store.discard_copy, span.name)
         result = await self._maker.compute(span)
-        if result.kv.num_kept_tokens != original.num_kept_tokens:
+        num_kept = _num_kept_tokens(entry)
+        if result.kv.num_kept_tokens != num_kept:
             raise MismatchError(
-                f"segment {span.name} kept {original.num_kept_tokens} tokens; computed again, it "
+                f"segment {span.name} kept {num_kept} tokens; computed again, it "
                 f"keeps {result.kv.num_kept_tokens}: it was compressed in another way than its "
                 "session says; start a new session"
             )
@@ -173,17 +181,11 @@ def _check_spans(manifest: manifest_pb2.Manifest) -> None:
         )
 
 
-def _original(entry: session_pb2.Segment, name: str) -> session_pb2.Segment:
-    """Return a manifest's entry as it was before its segment was compressed again."""
-    original = session_pb2.Segment()
-    original.CopyFrom(entry)
+def _num_kept_tokens(entry: session_pb2.Segment) -> int:
+    """Return what a span kept before its segment was compressed again, if it was."""
     if entry.HasField("recompression"):
-        original.segment_id = name
-        original.num_kept_tokens = entry.recompression.original_kept_tokens
-        original.size_bytes = entry.recompression.original_bytes
-        original.ClearField("kv_bytes")
-        original.ClearField("recompression")
-    return original
+        return int(entry.recompression.original_kept_tokens)
+    return int(entry.num_kept_tokens)
 
 
 def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
@@ -195,7 +197,7 @@ def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
         return policy
     # An answer whose KV was bounded while it grew. Which tokens went at which step is not known
     # any more; as many are kept, all chosen at the end.
-    kept = entry.recompression.original_kept_tokens or entry.num_kept_tokens
+    kept = _num_kept_tokens(entry)
     if kept in (0, entry.num_tokens):  # 0: a model that only has sliding windows
         return None
     return dataclasses.replace(policy, keep_ratio=None, max_kept_tokens=kept, sink_tokens=0)

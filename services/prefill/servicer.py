@@ -218,6 +218,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         made, is_first = await self._flights.run(
             span.name, find=find, make=partial(self._maker.make, span)
         )
+        if not is_first:
+            await find()  # for as long as this session lives, too
         return made, not (made.is_computed and is_first)
 
     def _policy(

@@ -90,7 +90,7 @@ class SegmentStore(Protocol):
 
         Storing the same segment again is harmless: the first complete copy stays, and its life is
         extended. A copy with a damaged header is replaced; to replace one with damaged parts,
-        delete it first.
+        discard it first.
         """
 
     def get_header(self, segment_id: str) -> bytes:
@@ -122,6 +122,12 @@ class SegmentStore(Protocol):
         """Delete segments that nobody else can name (those of one-off requests).
 
         Of a segment with a damaged header only that is deleted: its parts expire.
+        """
+
+    def discard_copy(self, segment_id: str) -> None:
+        """Delete a segment's present copy, so that another one can be stored.
+
+        For one that was found to be damaged: it is still named, and is stored again at once.
         """
 
 

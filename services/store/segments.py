@@ -112,6 +112,11 @@ class RedisSegments:
             for segment_id in segment_ids:
                 self._at_node(segment_id, partial(_delete, segment_id=segment_id))
 
+    def discard_copy(self, segment_id: str) -> None:
+        """Delete a segment's present copy, so that another one can be stored."""
+        with store_errors(self._where):
+            self._at_node(segment_id, lambda node: _unlink(node, _copy_keys(node, segment_id)))
+
     def acquire_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
         """Take the lease under a token of the caller's making; ``False`` if another one has it."""
         key, lifetime = keys.segment_lease(segment_id), ttl_ms(ttl_s)
@@ -201,14 +206,19 @@ def _extend(node: redis.Redis, segment_id: str, lifetime: int) -> bool:
 
 
 def _delete(node: redis.Redis, segment_id: str) -> None:
+    _unlink(node, _copy_keys(node, segment_id))
+
+
+def _copy_keys(node: redis.Redis, segment_id: str) -> list[str]:
+    """Return the keys of a segment's copy, as far as they can be known."""
     value = _read(node, segment_id)
     if value is None:
-        return
+        return []
     # Parts that nothing names any more expire.
     part_keys: list[str] = []
     with contextlib.suppress(CorruptError):
         part_keys = keys.segment_parts(segment_id, value)
-    _unlink(node, [keys.segment_header(segment_id), *part_keys])
+    return [keys.segment_header(segment_id), *part_keys]
 
 
 def _read(node: redis.Redis, segment_id: str) -> bytes | None:
