@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Final, cast
+from collections.abc import Mapping
+from typing import Any, Final
 
 import chunkkv
 from chunkserve.v1 import types_pb2
@@ -60,10 +60,9 @@ def prefix_policy(
     Raises:
         InvalidRequestError: There is no such scorer.
     """
-    number = next((m.prefix_scorer for m in messages if m.prefix_scorer), 0)
-    scorer: Any = _SCORERS.get(number, f"number {number}") if number else default
-    with library_errors():
-        return dataclasses.replace(policy, scorer=scorer)
+    named = next((m.prefix_scorer for m in messages if m.prefix_scorer), None)
+    scorer = named or _number(_SCORERS, default)
+    return from_wire(types_pb2.CompressionPolicy(scorer=scorer), policy)
 
 
 def to_wire(
@@ -85,7 +84,7 @@ def to_wire(
     for name, names in _ENUMS.items():
         setattr(message, name, _number(names, getattr(policy, name)))
     if prefix_scorer is not None:
-        message.prefix_scorer = cast(Any, _number(_SCORERS, prefix_scorer))
+        message.prefix_scorer = _number(_SCORERS, prefix_scorer)
     if policy.max_kept_tokens is not None:
         message.max_kept_tokens = policy.max_kept_tokens
     elif policy.keep_ratio is not None:
@@ -93,5 +92,5 @@ def to_wire(
     return message
 
 
-def _number(names: dict[int, str], value: str) -> int:
+def _number(names: Mapping[Any, str], value: str) -> Any:
     return next(number for number, name in names.items() if name == value)

@@ -100,7 +100,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         before = list(manifest.token_ids)
         (new_ids, ends), tokenize_ms = await timed(lambda: self._tokenize(request, before))
         self._check_length(len(before), len(new_ids), request.min_free_tokens)
-        policy = self._policy(request, len(new_ids))
+        policy = _as_recorded(self._policy(request, len(new_ids)))
         prefix_policy = policies.prefix_policy(
             policy,
             request.compression,
@@ -250,6 +250,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             reason="PROMPT_TOO_LONG",
             field="input",
         )
+
+
+def _as_recorded(policy: chunkkv.CompressionPolicy) -> chunkkv.CompressionPolicy:
+    """Return the policy that a manifest's entry gives back.
+
+    The wire has 32-bit ratios: a span that is rebuilt must be compressed as it was.
+    """
+    return policies.from_wire(policies.to_wire(policy), policy)
 
 
 def _max_kv_tokens(request: prefill_pb2.PrefillRequest) -> int | None:

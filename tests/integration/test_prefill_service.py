@@ -17,8 +17,9 @@ from tiny_model import MAX_MODEL_LEN, byte_tokenizer, load_tiny, tiny_llama
 
 import chunkkv
 from chunkserve.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
+from services.compress import policy as policies
 from services.compress.memory import ReceivePool
-from services.compress.segments import fetched_segments
+from services.compress.segments import fetched_segments, segment_id
 from services.prefill import runner as prefill_runner
 from services.prefill import segments as prefill_segments
 from services.prefill.runner import PrefillRunner
@@ -58,6 +59,24 @@ async def test_a_segment_says_what_policy_it_was_compressed_by(stub):
     assert (policies[1].max_kept_tokens, policies[1].chunk_size) == (20, 4)
     # A bound on the answer's KV says nothing about how the prompt was compressed.
     assert not policies[1].HasField("max_kv_tokens")
+
+
+async def test_a_segments_name_is_that_of_the_policy_that_its_entry_gives_back(store):
+    # As a double, this is nearer to another fraction than as a float.
+    async with serving(store, keep_ratio=0.763774618976614) as stub:
+        manifest = session()
+        manifest.ClearField("compression")
+        answer = await stub.Prefill(request(manifest, IDS))
+
+    [segment] = answer.manifest.segments
+    manifest.token_ids.extend(IDS)
+    recorded = policies.from_wire(segment.compression, chunkkv.CompressionPolicy())
+    assert segment.segment_id == segment_id(
+        manifest,
+        num_tokens=59,
+        policy=recorded.canonical(),
+        fingerprint=answer.manifest.model_fingerprint,
+    )
 
 
 async def test_a_short_prompt_is_left_pending(stub):

@@ -134,7 +134,7 @@ def test_value_out_of_range_is_the_callers_fault(fields: dict[str, Any], text: s
 def test_a_prefix_has_the_first_scorer_that_is_named_and_else_the_same_policy():
     unset, window = message(), message(prefix_scorer=types_pb2.SCORER_WINDOW)
 
-    assert prefix_policy(DEFAULT, unset, window, default="no such scorer") == DEFAULT
+    assert prefix_policy(DEFAULT, unset, window, default="window") == DEFAULT
     assert prefix_policy(DEFAULT, unset, unset, default="window") == DEFAULT
 
 
