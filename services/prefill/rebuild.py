@@ -82,11 +82,11 @@ class Rebuilder:
                 token_ids=manifest.token_ids[start : start + entry.num_tokens],
                 policy=_policy(entry),
                 before=tuple(segments),
-                known=known,
                 ttl_s=ttl_s,
+                known=known,
             )
             healed = await self._heal(entry, span)
-            assert healed.kv is not None  # fetched, or just computed
+            assert healed.kv is not None  # whatever is healed was read
             segments.append(healed.segment)
             known[healed.segment.segment_id] = healed.kv
             if healed.is_computed:
@@ -132,8 +132,11 @@ class Rebuilder:
                 f"keeps {result.kv.num_kept_tokens}: it was compressed in another way than its "
                 "session says; start a new session"
             )
+        made = await self._maker.store(span, result)
         _SEGMENTS.inc()
-        return await self._maker.store(span, result)
+        # What is stored may be of less precision than what was computed, or another worker's copy.
+        kv = await asyncio.to_thread(self._maker.fetch, made.segment)
+        return dataclasses.replace(made, kv=kv)
 
     def _check(self, manifest: manifest_pb2.Manifest) -> None:
         if not manifest.session_id:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import chunkkv
@@ -36,7 +36,7 @@ class MadeSegment:
 
     Attributes:
         segment: Name, span and sizes.
-        kv: Its KV; ``None`` if it was found by its name alone.
+        kv: Its KV as it is stored; ``None`` if it was not read.
         is_computed: The model ran for it.
         prefill_ms: Milliseconds of forward passes.
         compression_ms: Milliseconds to score, select, gather and encode.
@@ -44,7 +44,7 @@ class MadeSegment:
     """
 
     segment: session_pb2.Segment
-    kv: chunkkv.CompressedKV | None
+    kv: chunkkv.CompressedKV | None = None
     is_computed: bool = False
     prefill_ms: float = 0.0
     compression_ms: float = 0.0
@@ -60,16 +60,16 @@ class Span:
         token_ids: The tokens.
         policy: What to keep of them; ``None``: everything.
         before: The segments before it, from position 0.
-        known: KV of some of these, by name: the others are fetched.
         ttl_s: How long the segment lives at least.
+        known: KV of some of those before as it is stored, by name: the others are fetched.
     """
 
     name: str
     token_ids: Sequence[int]
     policy: chunkkv.CompressionPolicy | None
     before: Sequence[session_pb2.Segment]
-    known: Mapping[str, chunkkv.CompressedKV]
     ttl_s: float
+    known: Mapping[str, chunkkv.CompressedKV] = field(default_factory=dict)
 
 
 class SegmentMaker:
@@ -88,7 +88,7 @@ class SegmentMaker:
             MismatchError: Something else is stored under this name.
         """
         found = await asyncio.to_thread(find_segment, self._store, span.name, ttl_s=span.ttl_s)
-        return None if found is None else MadeSegment(found, None)
+        return None if found is None else MadeSegment(found)
 
     async def make(self, span: Span) -> MadeSegment:
         """Compute a span and store what is kept; see ``compute`` and ``store``."""
@@ -115,20 +115,17 @@ class SegmentMaker:
         segment, store_ms = await timed(lambda: put_encoded(self._store, encoded, ttl_s=span.ttl_s))
         return MadeSegment(
             segment,
-            result.kv,
             is_computed=True,
             prefill_ms=result.prefill_ms,
             compression_ms=result.compression_ms + encode_ms,
             store_ms=store_ms,
         )
 
-    def fetch_intact(self, segment: session_pb2.Segment) -> chunkkv.CompressedKV | None:
+    def fetch(self, segment: session_pb2.Segment) -> chunkkv.CompressedKV:
         """Return a segment's KV, of which every byte was checked, in memory of its own. Blocks.
 
-        Returns:
-            ``None`` if the segment, or a part of it, is missing or damaged.
-
         Raises:
+            NotFoundError, CorruptError: The segment, or a part of it, is missing or damaged.
             MismatchError: It is another model's, or of another format version.
         """
         fetched = fetched_segments(
@@ -137,9 +134,13 @@ class SegmentMaker:
             fingerprint=self._loaded.fingerprint,
             pool=self._receive_pool,
         )
+        with fetched as spans:
+            return chunkkv.CompressedKV(spans.kv[0].shape, spans.kv[0].memory.clone())
+
+    def fetch_intact(self, segment: session_pb2.Segment) -> chunkkv.CompressedKV | None:
+        """Return what ``fetch`` does; ``None`` if something is missing or damaged. Blocks."""
         try:
-            with fetched as spans:
-                return chunkkv.CompressedKV(spans.kv[0].shape, spans.kv[0].memory.clone())
+            return self.fetch(segment)
         except (NotFoundError, CorruptError) as error:
             _log.warning("segment.unusable", segment_id=segment.segment_id, error=error.message)
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -150,11 +150,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         num_before: int,
     ) -> None:
         """Add a segment for each span to the manifest; note in ``response`` what they cost."""
-        known: dict[str, chunkkv.CompressedKV] = {}
         num_stored = len(manifest.segments)
         for span in spans:
             try:
-                made, is_shared = await self._segment(manifest, span, known)
+                made, is_shared = await self._segment(manifest, span)
             except (NotFoundError, CorruptError):
                 if len(manifest.segments) == num_stored:
                     raise  # the session itself is damaged; whoever has it rebuilt, says so
@@ -165,7 +164,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 response.num_prefilled_tokens += rebuilt.num_rebuilt_tokens
                 response.num_shared_tokens -= rebuilt.num_rebuilt_tokens
                 response.prefill_ms += rebuilt.prefill_ms
-                made, is_shared = await self._segment(manifest, span, known)
+                made, is_shared = await self._segment(manifest, span)
             if is_shared:
                 response.num_shared_tokens += span.end - max(span.start, num_before)
             else:
@@ -174,8 +173,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 response.compression_ms += made.compression_ms
                 response.store_ms += made.store_ms
             _SEGMENTS.labels("found" if is_shared else "computed").inc()
-            if made.kv is not None:
-                known[made.segment.segment_id] = made.kv
             segment = manifest.segments.add()
             segment.CopyFrom(made.segment)
             segment.compression.CopyFrom(policies.to_wire(span.policy))
@@ -191,10 +188,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return ids, prefix_ends(self._loaded, request, ids, before=before)
 
     async def _segment(
-        self,
-        manifest: manifest_pb2.Manifest,
-        planned: PlannedSpan,
-        known: Mapping[str, chunkkv.CompressedKV],
+        self, manifest: manifest_pb2.Manifest, planned: PlannedSpan
     ) -> tuple[MadeSegment, bool]:
         """Find or make the segment of the next span; return whether it was there already."""
         span = Span(
@@ -207,7 +201,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             token_ids=manifest.token_ids[planned.start : planned.end],
             policy=planned.policy,
             before=tuple(manifest.segments),
-            known=known,
             ttl_s=manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s,
         )
         if not manifest.session_id:
