@@ -62,20 +62,44 @@ def from_wire(
         return chunkkv.CompressionPolicy(**{budget: getattr(message, budget)}, **values)
 
 
+def prefix_policy(
+    policy: chunkkv.CompressionPolicy, *messages: types_pb2.CompressionPolicy, default: str
+) -> chunkkv.CompressionPolicy:
+    """Return the policy of a prefix that ends with a ``cache_breakpoint``.
+
+    Args:
+        policy: What applies to the prompt.
+        messages: The first one that sets ``prefix_scorer`` names the prefix's scorer.
+        default: Scorer if none does.
+
+    Raises:
+        InvalidRequestError: There is no such scorer.
+    """
+    named = next((m.prefix_scorer for m in messages if m.prefix_scorer), None)
+    scorer = named or _number(_SCORERS, default)
+    return from_wire(types_pb2.CompressionPolicy(scorer=scorer), policy)
+
+
 def to_wire(
-    policy: chunkkv.CompressionPolicy, *, max_kv_tokens: int | None = None
+    policy: chunkkv.CompressionPolicy,
+    *,
+    max_kv_tokens: int | None = None,
+    prefix_scorer: str | None = None,
 ) -> types_pb2.CompressionPolicy:
     """Return a message with every field of the policy set.
 
     Args:
         policy: What is kept of a prompt.
         max_kv_tokens: Bound of the KV while an answer is generated, if there is one.
+        prefix_scorer: Scorer of prefixes, where it matters.
     """
     message = types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens)
     for name in _INTEGERS:
         setattr(message, name, getattr(policy, name))
     for name, names in _ENUMS.items():
         setattr(message, name, _number(names, getattr(policy, name)))
+    if prefix_scorer is not None:
+        message.prefix_scorer = _number(_SCORERS, prefix_scorer)
     if policy.max_kept_tokens is not None:
         message.max_kept_tokens = policy.max_kept_tokens
     elif policy.keep_ratio is not None:

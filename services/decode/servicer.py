@@ -239,6 +239,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sealed = await placement.in_thread(self._seal, generation.kv, manifest, ttl_s)
         if sealed is not None:
             span, segment = sealed
+            if request.compression.HasField("max_kv_tokens"):
+                segment.compression.CopyFrom(request.compression)
             manifest.segments.append(segment)
         expected_version = manifest.version
         manifest.version += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -60,6 +61,46 @@ def tokenize(loaded: LoadedModel, request: HasInput, *, before: Sequence[int] = 
     return ids
 
 
+def prefix_ends(
+    loaded: LoadedModel,
+    request: HasInput,
+    token_ids: Sequence[int],
+    *,
+    before: Sequence[int] = (),
+) -> list[int]:
+    """Return where the prefixes end that messages of an input mark with ``cache_breakpoint``.
+
+    A prefix ends behind its message's last token that does not depend on what follows: characters
+    that the tokenizer joins with what comes next belong to what comes next.
+
+    Args:
+        loaded: Whose tokenizer and template.
+        request: The input.
+        token_ids: What ``tokenize`` returned for it.
+        before: Tokens of the conversation so far.
+
+    Returns:
+        For each marked message, how many of ``token_ids`` belong to its prefix.
+
+    Raises:
+        InvalidRequestError: The template writes a marked message otherwise when others follow.
+    """
+    if request.WhichOneof("input") != "chat":
+        return []
+    marked = [i for i, message in enumerate(request.chat.messages) if message.cache_breakpoint]
+    if not marked:
+        return []
+    messages = _messages(request.chat)
+    whole = _render_turn(loaded, messages, before)
+    return [
+        _num_common(
+            token_ids,
+            _encode_turn(loaded, _prefix_text(loaded, messages[: i + 1], whole, before), before),
+        )
+        for i in marked
+    ]
+
+
 def _checked_ids(loaded: LoadedModel, ids: Sequence[int]) -> list[int]:
     vocab_size = int(loaded.model.config.get_text_config().vocab_size)
     for index, token in enumerate(ids):
@@ -77,22 +118,64 @@ def _chat_ids(loaded: LoadedModel, chat: types_pb2.ChatInput, before: Sequence[i
         raise InvalidRequestError(
             f"{loaded.name} has no chat template; send text or token_ids", field="chat"
         )
-    messages = [{"role": m.role, "content": m.content} for m in chat.messages]
+    messages = _messages(chat)
     if not messages or messages[-1]["role"] == "assistant":
         raise InvalidRequestError(
             "a chat must end with a message that the model can answer; "
             f"it ends with {messages[-1]['role'] if messages else 'nothing'}",
             field="chat.messages",
         )
-    if not before:
-        return _encode(loaded, _render(loaded, messages))
-    ids = _encode(loaded, _render_next_turn(loaded, messages))
-    # An answer that ended by itself holds its closing token already.
-    closed = before[-1] in loaded.eos_token_ids and ids[:1] == [before[-1]]
-    return ids[1:] if closed else ids
+    return _encode_turn(loaded, _render_turn(loaded, messages, before), before)
 
 
-def _render_next_turn(loaded: LoadedModel, messages: Sequence[Mapping[str, str]]) -> str:
+def _messages(chat: types_pb2.ChatInput) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in chat.messages]
+
+
+def _prefix_text(
+    loaded: LoadedModel,
+    messages: Sequence[Mapping[str, str]],
+    whole: str,
+    before: Sequence[int],
+) -> str:
+    """Return the text of a turn's first messages as it stands at the beginning of the whole turn.
+
+    What the template adds behind a last message is left out; the last message itself must be there.
+    """
+    index = len(messages) - 1
+    try:
+        alone = _render_turn(loaded, messages, before, add_generation_prompt=False)
+    except InvalidRequestError:
+        alone = ""
+    shared = os.path.commonprefix([alone, whole])  # noqa: RUF071  # text, not paths
+    if messages[-1]["content"].strip() not in shared:
+        raise InvalidRequestError(
+            f"the chat template of {loaded.name} writes messages[{index}] otherwise when others "
+            "follow it, so no prefix can end there; mark a later message, or send text",
+            field=f"chat.messages[{index}].cache_breakpoint",
+        )
+    return shared
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _render_turn(
+    loaded: LoadedModel,
+    messages: Sequence[Mapping[str, str]],
+    before: Sequence[int],
+    *,
+    add_generation_prompt: bool = True,
+) -> str:
+    render = _render_next_turn if before else _render
+    return render(loaded, messages, add_generation_prompt=add_generation_prompt)
+
+
+def _render_next_turn(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+) -> str:
     """Return the template's text behind an assistant's answer, whatever stood before it.
 
     The model's tokens of earlier turns stay as they were generated: they are not decoded and
@@ -100,7 +183,7 @@ def _render_next_turn(loaded: LoadedModel, messages: Sequence[Mapping[str, str]]
     """
     answer = secrets.token_hex(16)
     earlier = [{"role": "user", "content": "."}, {"role": "assistant", "content": answer}]
-    rendered = _render(loaded, [*earlier, *messages])
+    rendered = _render(loaded, [*earlier, *messages], add_generation_prompt=add_generation_prompt)
     _, found, behind = rendered.rpartition(answer)
     if not found:
         raise InvalidRequestError(
@@ -110,10 +193,12 @@ def _render_next_turn(loaded: LoadedModel, messages: Sequence[Mapping[str, str]]
     return behind
 
 
-def _render(loaded: LoadedModel, messages: Sequence[Mapping[str, str]]) -> str:
+def _render(
+    loaded: LoadedModel, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+) -> str:
     try:
         rendered: Any = loaded.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (TemplateError, ValueError) as error:
         raise InvalidRequestError(
@@ -123,6 +208,9 @@ def _render(loaded: LoadedModel, messages: Sequence[Mapping[str, str]]) -> str:
     return str(rendered)
 
 
-def _encode(loaded: LoadedModel, rendered: str) -> list[int]:
+def _encode_turn(loaded: LoadedModel, rendered: str, before: Sequence[int]) -> list[int]:
     # The template has written the special tokens.
-    return list(loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    ids = list(loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    # An answer that ended by itself holds its closing token already.
+    is_closed = bool(before) and before[-1] in loaded.eos_token_ids and ids[:1] == [before[-1]]
+    return ids[1:] if is_closed else ids

@@ -56,7 +56,9 @@ async def serve(settings: PrefillSettings) -> None:
             max_model_len=loaded.max_model_len,
             num_active=runner.num_active,
             num_slots=runner.num_slots,
-            default_policy=policies.to_wire(settings.default_policy).SerializeToString(),
+            default_policy=policies.to_wire(
+                settings.default_policy, prefix_scorer=settings.prefix_scorer
+            ).SerializeToString(),
         )
 
     heartbeat = asyncio.create_task(

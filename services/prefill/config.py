@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 import chunkkv
+from chunkkv.policy import Scorer
 from services.models.weights import WeightsDtype
 from services.runtime.config import ServiceSettings
 
@@ -29,6 +30,9 @@ class PrefillSettings(ServiceSettings):
             worker consumes it and stores it whole with the answer.
         queue_size: Prefills that wait for the model at most.
         ephemeral_ttl_s: Seconds that the segments of one-off requests live if nobody deletes them.
+        segment_lease_s: Seconds after the death of a worker until another one computes the segment
+            that it was computing.
+        prefix_scorer: Default policy: scorer of prefixes that end with a ``cache_breakpoint``.
         keep_ratio: Default policy: fraction of tokens to keep.
         scope: Default policy: who shares a list of positions.
         chunk_size: Default policy: tokens in a chunk.
@@ -49,6 +53,8 @@ class PrefillSettings(ServiceSettings):
     min_compress_tokens: int = Field(default=128, ge=2)
     queue_size: int = Field(default=16, ge=0)
     ephemeral_ttl_s: float = Field(default=600, gt=0, allow_inf_nan=False)
+    segment_lease_s: float = Field(default=10, gt=0, allow_inf_nan=False)
+    prefix_scorer: Scorer = "window"
     keep_ratio: float = Field(default=0.3, gt=0, le=1)
     scope: Literal["head", "layer", "group", "global"] = "layer"
     chunk_size: int = Field(default=20, ge=1)

@@ -10,11 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from prometheus_client import Counter
 
 import chunkkv
 from services.compress.segments import library_errors
 from services.models.loader import LoadedModel
 from services.runtime.errors import OverloadedError
+
+_TOKENS = Counter("chunkserve_prefill_tokens", "Tokens that the model ran over.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +62,16 @@ class PrefillRunner:
         self,
         token_ids: Sequence[int],
         past: chunkkv.KVCache,
-        policy: chunkkv.CompressionPolicy,
+        policy: chunkkv.CompressionPolicy | None,
     ) -> RunResult:
         """Run the model over ``token_ids`` behind ``past``, and keep what ``policy`` says.
 
         If the caller is cancelled, the run ends before its next forward pass.
+
+        Args:
+            token_ids: At least one.
+            past: KV of the tokens before; it is extended.
+            policy: What to keep; ``None``: everything, as decode workers store an answer.
 
         Raises:
             OverloadedError: Too many prompts wait.
@@ -103,7 +111,7 @@ class PrefillRunner:
         self,
         token_ids: Sequence[int],
         past: chunkkv.KVCache,
-        policy: chunkkv.CompressionPolicy,
+        policy: chunkkv.CompressionPolicy | None,
         stopped: threading.Event,
     ) -> RunResult:
         def check() -> None:
@@ -118,18 +126,27 @@ class PrefillRunner:
             prefilled = chunkkv.run_prefill(
                 model,
                 input_ids,
-                window_size=policy.window_size,
+                window_size=1 if policy is None else policy.window_size,
                 past=past,
                 prefill_chunk_tokens=self._chunk_tokens,
                 fingerprint=self._loaded.fingerprint,
                 before_chunk=check,
             )
             computed = time.perf_counter()
-            if policy.scorer == "reconstruction":
+            if policy is not None and policy.scorer == "reconstruction":
                 prefilled = chunkkv.reconstruct(model, prefilled, input_ids, before_chunk=check)
-            kv = chunkkv.compress(prefilled, policy)[0].to("cpu")
+            kv = _kept(prefilled, policy).to("cpu")
         ended = time.perf_counter()
+        _TOKENS.inc(len(token_ids))
         return RunResult(kv, (computed - started) * 1000, (ended - computed) * 1000)
+
+
+def _kept(
+    prefilled: chunkkv.Prefilled, policy: chunkkv.CompressionPolicy | None
+) -> chunkkv.CompressedKV:
+    if policy is None:
+        return prefilled.cache.take_tail(prefilled.first_token, fingerprint=prefilled.fingerprint)
+    return chunkkv.compress(prefilled, policy)[0]
 
 
 class _StoppedError(Exception):

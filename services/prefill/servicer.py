@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import grpc.aio
+from prometheus_client import Counter
 
 import chunkkv
-from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, session_pb2
+from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc
 from services.compress import policy as policies
-from services.compress.memory import ReceivePool
-from services.compress.segments import (
-    covered_tokens,
-    encode_segment,
-    fetched_segments,
-    find_segment,
-    library_errors,
-    owner_of,
-    put_encoded,
-    segment_id,
-)
-from services.models.chat import tokenize
+from services.compress.segments import covered_tokens, owner_of, segment_id
+from services.models.chat import prefix_ends, tokenize
 from services.models.loader import LoadedModel
 from services.prefill.config import PrefillSettings
+from services.prefill.plan import PlannedSpan, plan_spans
+from services.prefill.rebuild import Rebuilder
 from services.prefill.runner import PrefillRunner
-from services.runtime.errors import InvalidRequestError, MismatchError
+from services.prefill.segments import MadeSegment, SegmentMaker, Span, timed
+from services.prefill.single_flight import SingleFlight
+from services.runtime.errors import CorruptError, InvalidRequestError, MismatchError, NotFoundError
 from services.runtime.telemetry import add_request_fields
-from services.store.base import SegmentStore
+from services.store.base import Store
 
-T = TypeVar("T")
+_SEGMENTS = Counter(
+    "chunkserve_prefill_segments",
+    "Segments of prompts.",
+    ["source"],  # computed, or found: in the store, or computed for another request
+)
+_SHARED_TOKENS = Counter(
+    "chunkserve_prefill_shared_tokens",
+    "New prompt tokens whose KV was in the store, or computed for another request.",
+)
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """Turns a prompt into the segment that a session lacks."""
+    """Turns a prompt into the segments that a session lacks, and heals those that it has."""
 
     def __init__(
         self,
         loaded: LoadedModel,
         runner: PrefillRunner,
-        store: SegmentStore,
+        store: Store,
         settings: PrefillSettings,
         *,
         worker_id: str,
     ) -> None:
         self._loaded = loaded
-        self._runner = runner
-        self._store = store
         self._settings = settings
         self._worker_id = worker_id
-        self._receive_pool = ReceivePool()
+        self._maker = SegmentMaker(loaded, runner, store)
+        self._rebuilder = Rebuilder(loaded, self._maker, store, settings)
+        self._flights = SingleFlight[MadeSegment](store, lease_ttl_s=settings.segment_lease_s)
         self._bytes_per_token = kv_bytes_per_token(loaded.model)
 
     async def Tokenize(
@@ -67,7 +70,20 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         request: prefill_pb2.RebuildRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> prefill_pb2.RebuildResponse:
-        raise NotImplementedError
+        rebuilt = await self._rebuilder.rebuild(request.manifest)
+        response = prefill_pb2.RebuildResponse(
+            manifest=request.manifest,
+            num_rebuilt_tokens=rebuilt.num_rebuilt_tokens,
+            prefill_ms=rebuilt.prefill_ms,
+            worker_id=self._worker_id,
+        )
+        del response.manifest.segments[:]
+        response.manifest.segments.extend(rebuilt.segments)
+        add_request_fields(
+            num_rebuilt_tokens=response.num_rebuilt_tokens,
+            prefill_ms=round(response.prefill_ms, 1),
+        )
+        return response
 
     async def Prefill(
         self,
@@ -82,9 +98,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 "start a new session"
             )
         before = list(manifest.token_ids)
-        new_ids, tokenize_ms = await _timed(lambda: tokenize(self._loaded, request, before=before))
+        (new_ids, ends), tokenize_ms = await timed(lambda: self._tokenize(request, before))
         self._check_length(len(before), len(new_ids), request.min_free_tokens)
-        policy = self._policy(request, len(new_ids))
+        policy = _as_recorded(self._policy(request, len(new_ids)))
+        prefix_policy = policies.prefix_policy(
+            policy,
+            request.compression,
+            manifest.compression,
+            default=self._settings.prefix_scorer,
+        )
         manifest.token_ids.extend(new_ids)
         manifest.model_fingerprint = self._loaded.fingerprint
 
@@ -93,64 +115,106 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             full_kv_bytes_per_token=self._bytes_per_token,
             tokenize_ms=tokenize_ms,
             worker_id=self._worker_id,
-            compression=policies.to_wire(policy, max_kv_tokens=_max_kv_tokens(request)),
+            compression=policies.to_wire(
+                policy, max_kv_tokens=_max_kv_tokens(request), prefix_scorer=prefix_policy.scorer
+            ),
         )
-        # The last token is left to the decode worker, where all sampling happens.
-        span = len(manifest.token_ids) - 1 - covered_tokens(manifest)
-        if span >= self._settings.min_compress_tokens:
-            manifest.segments.append(await self._segment(manifest, span, policy, response))
+        spans = plan_spans(
+            covered_tokens(manifest),
+            # The last token is left to the decode worker, where all sampling happens.
+            len(manifest.token_ids) - 1,
+            # Nobody else can find a one-off request's segments.
+            [len(before) + end for end in ends] if manifest.session_id else [],
+            policy=policy,
+            prefix_policy=prefix_policy,
+            min_tokens=self._settings.min_compress_tokens,
+        )
+        await self._add_segments(manifest, spans, response, num_before=len(before))
         response.manifest.CopyFrom(manifest)
         add_request_fields(
             num_new_tokens=response.num_new_tokens,
             num_prefilled_tokens=response.num_prefilled_tokens,
+            num_shared_tokens=response.num_shared_tokens,
             prefill_ms=round(response.prefill_ms, 1),
             compression_ms=round(response.compression_ms, 1),
             store_ms=round(response.store_ms, 1),
         )
         return response
 
-    async def _segment(
+    async def _add_segments(
         self,
         manifest: manifest_pb2.Manifest,
-        span: int,
-        policy: chunkkv.CompressionPolicy,
+        spans: Sequence[PlannedSpan],
         response: prefill_pb2.PrefillResponse,
-    ) -> session_pb2.Segment:
-        """Find or make the segment of the next ``span`` tokens; note its cost in ``response``."""
-        ttl_s = manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s
-        fingerprint = self._loaded.fingerprint
-        if manifest.session_id:
-            name = segment_id(
-                manifest, num_tokens=span, policy=policy.canonical(), fingerprint=fingerprint
-            )
-            found = await asyncio.to_thread(
-                find_segment, self._store, name, ttl_s=ttl_s, owner=owner_of(manifest)
-            )
-            if found is not None:
-                return found
-        start = covered_tokens(manifest)
-        past = await asyncio.to_thread(self._open, manifest)
-        result = await self._runner.run(manifest.token_ids[start : start + span], past, policy)
-        encoded, encode_ms = await _timed(lambda: encode_segment(result.kv, manifest))
-        segment, store_ms = await _timed(lambda: put_encoded(self._store, encoded, ttl_s=ttl_s))
-        response.num_prefilled_tokens = span
-        response.prefill_ms = result.prefill_ms
-        response.compression_ms = result.compression_ms + encode_ms
-        response.store_ms = store_ms
-        return segment
+        *,
+        num_before: int,
+    ) -> None:
+        """Add a segment for each span to the manifest; note in ``response`` what they cost."""
+        num_stored = len(manifest.segments)
+        for span in spans:
+            try:
+                made, is_shared = await self._segment(manifest, span)
+            except (NotFoundError, CorruptError):
+                if len(manifest.segments) == num_stored:
+                    raise  # the session itself is damaged; whoever has it rebuilt, says so
+                # A prefix that was found by its name. No session that is stored names it.
+                rebuilt = await self._rebuilder.rebuild(manifest)
+                del manifest.segments[:]
+                manifest.segments.extend(rebuilt.segments)
+                response.num_prefilled_tokens += rebuilt.num_rebuilt_tokens
+                response.num_shared_tokens -= rebuilt.num_rebuilt_tokens
+                response.prefill_ms += rebuilt.prefill_ms
+                made, is_shared = await self._segment(manifest, span)
+            if is_shared:
+                response.num_shared_tokens += span.end - max(span.start, num_before)
+            else:
+                response.num_prefilled_tokens += span.num_tokens
+                response.prefill_ms += made.prefill_ms
+                response.compression_ms += made.compression_ms
+                response.store_ms += made.store_ms
+            _SEGMENTS.labels("found" if is_shared else "computed").inc()
+            segment = manifest.segments.add()
+            segment.CopyFrom(made.segment)
+            segment.compression.CopyFrom(policies.to_wire(span.policy))
+            segment.is_prefix = span.is_prefix
+        response.num_shared_tokens = max(response.num_shared_tokens, 0)
+        _SHARED_TOKENS.inc(response.num_shared_tokens)
 
-    def _open(self, manifest: manifest_pb2.Manifest) -> chunkkv.KVCache:
-        """Fetch the session's KV cache. Blocks."""
-        fetched = fetched_segments(
-            self._store,
-            list(manifest.segments),
-            fingerprint=self._loaded.fingerprint,
-            pool=self._receive_pool,
+    def _tokenize(
+        self, request: prefill_pb2.PrefillRequest, before: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return the new tokens, and how many of them each marked prefix has."""
+        ids = tokenize(self._loaded, request, before=before)
+        return ids, prefix_ends(self._loaded, request, ids, before=before)
+
+    async def _segment(
+        self, manifest: manifest_pb2.Manifest, planned: PlannedSpan
+    ) -> tuple[MadeSegment, bool]:
+        """Find or make the segment of the next span; return whether it was there already."""
+        span = Span(
+            name=segment_id(
+                manifest,
+                num_tokens=planned.num_tokens,
+                policy=planned.policy.canonical(),
+                fingerprint=self._loaded.fingerprint,
+            ),
+            token_ids=manifest.token_ids[planned.start : planned.end],
+            policy=planned.policy,
+            before=tuple(manifest.segments),
+            ttl_s=manifest.ttl.ToTimedelta().total_seconds() or self._settings.ephemeral_ttl_s,
+            owner=owner_of(manifest),
         )
-        with fetched as prefix, library_errors():
-            return chunkkv.KVCache.from_segments(
-                self._loaded.model.config, prefix.kv, device=self._loaded.device
-            )
+        if not manifest.session_id:
+            return await self._maker.make(span), False
+        find = partial(self._maker.find, span)
+        if (found := await find()) is not None:
+            return found, True
+        made, is_first = await self._flights.run(
+            span.name, find=find, make=partial(self._maker.make, span)
+        )
+        if not is_first:
+            await find()  # for as long as this session lives, too
+        return made, not (made.is_computed and is_first)
 
     def _policy(
         self, request: prefill_pb2.PrefillRequest, num_new_tokens: int
@@ -182,6 +246,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
 
+def _as_recorded(policy: chunkkv.CompressionPolicy) -> chunkkv.CompressionPolicy:
+    """Return the policy that a manifest's entry gives back.
+
+    The wire has 32-bit ratios: a span that is rebuilt must be compressed as it was.
+    """
+    return policies.from_wire(policies.to_wire(policy), policy)
+
+
 def _max_kv_tokens(request: prefill_pb2.PrefillRequest) -> int | None:
     for policy in (request.compression, request.manifest.compression):
         if policy.HasField("max_kv_tokens"):
@@ -196,10 +268,3 @@ def kv_bytes_per_token(model: Any) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_hidden_layers * config.num_key_value_heads
     return int(2 * heads * head_dim * model.dtype.itemsize)
-
-
-async def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """Run blocking ``work`` on a thread; return its result and milliseconds."""
-    started = time.perf_counter()
-    result = await asyncio.to_thread(work)
-    return result, (time.perf_counter() - started) * 1000

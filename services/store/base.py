@@ -168,7 +168,7 @@ class SegmentStore(Protocol):
 
         Storing the same segment again is harmless: the first complete copy stays, and its life is
         extended. A copy with a damaged header is replaced; to replace one with damaged parts,
-        delete it first.
+        discard it first.
         """
 
     def get_header(self, segment_id: str) -> bytes:
@@ -201,6 +201,28 @@ class SegmentStore(Protocol):
 
         Of a segment with a damaged header only that is deleted: its parts expire.
         """
+
+    def discard_damaged(self, segment_id: str) -> None:
+        """Delete a segment's present copy, so that another one can be stored.
+
+        For one that was found to be damaged: it is still named, and is stored again at once.
+        """
+
+
+class SegmentLeases(Protocol):
+    """Who computes a segment that is not there, of all processes. Blocking and thread-safe.
+
+    A hint, so that work is not done twice: whoever lost a lease may still store the segment.
+    """
+
+    def acquire_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Take the lease under a token of the caller's making; ``False`` if another one has it."""
+
+    def renew_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Extend a lease; ``False`` if it is not ours any more."""
+
+    def release_segment_lease(self, segment_id: str, token: str) -> None:
+        """Give a lease back. Harmless if it is not ours any more."""
 
 
 class SessionStore(Protocol):
@@ -378,7 +400,7 @@ class Registry(Protocol):
         """Return all living workers."""
 
 
-class Store(SegmentStore, SessionStore, SegmentTransfer, Registry, Protocol):
+class Store(SegmentStore, SegmentLeases, SessionStore, SegmentTransfer, Registry, Protocol):
     """All of it, over one server."""
 
     async def ping(self) -> None:

@@ -102,6 +102,11 @@ def segment_part(segment_id: str, copy: bytes, index: int) -> str:
     return f"{_VERSION}:{_segment_tag(segment_id)}:{copy.hex()}:{index}"
 
 
+def segment_lease(segment_id: str) -> str:
+    """String: token of whoever computes the segment."""
+    return f"{_VERSION}:{_segment_tag(segment_id)}:lease"
+
+
 def segment_value(segment_id: str, copy: bytes, num_parts: int, header: bytes) -> bytes:
     """What the header's key holds: which parts belong to it, then the header."""
     checked = _PARTS.pack(num_parts, copy) + header

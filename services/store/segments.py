@@ -18,7 +18,7 @@ import redis
 from redis.exceptions import MovedError
 
 from services.runtime.errors import CorruptError
-from services.store import keys, owners, wire
+from services.store import keys, lease_scripts, owners, wire
 from services.store.base import Buffer, SegmentOwner
 from services.store.connect import Nodes
 from services.store.failures import segment_not_found, store_errors, ttl_ms
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class RedisSegments:
-    """Implements ``SegmentStore``.
+    """Implements ``SegmentStore`` and ``SegmentLeases``.
 
     Args:
         nodes: Where the segments are.
@@ -121,6 +121,32 @@ class RedisSegments:
             for segment_id in segment_ids:
                 self._at_node(segment_id, partial(_delete, segment_id=segment_id))
 
+    def discard_damaged(self, segment_id: str) -> None:
+        """Delete a segment's present copy, so that another one can be stored."""
+        with store_errors(self._where):
+            self._at_node(segment_id, lambda node: _unlink(node, _copy_keys(node, segment_id)))
+
+    def acquire_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Take the lease under a token of the caller's making; ``False`` if another one has it."""
+        key, lifetime = keys.segment_lease(segment_id), ttl_ms(ttl_s)
+        with store_errors(self._where):
+            return bool(
+                self._at_node(segment_id, lambda node: node.set(key, token, px=lifetime, nx=True))
+            )
+
+    def renew_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
+        """Extend a lease; ``False`` if it is not ours any more."""
+        return bool(self._eval(segment_id, lease_scripts.RENEW, token, ttl_ms(ttl_s)))
+
+    def release_segment_lease(self, segment_id: str, token: str) -> None:
+        """Give a lease back. Harmless if it is not ours any more."""
+        self._eval(segment_id, lease_scripts.RELEASE, token)
+
+    def _eval(self, segment_id: str, script: str, *args: str | int) -> object:
+        key = keys.segment_lease(segment_id)
+        with store_errors(self._where):
+            return self._at_node(segment_id, lambda node: node.eval(script, 1, key, *args))
+
     def _part_keys(self, segment_id: str) -> list[str]:
         value = self._at_node(segment_id, lambda node: _read(node, segment_id))
         if value is None:
@@ -209,14 +235,19 @@ def _run(node: redis.Redis, script: str, call: owners.Call) -> int:
 
 
 def _delete(node: redis.Redis, segment_id: str) -> None:
+    _unlink(node, [*_copy_keys(node, segment_id), keys.segment_owners(segment_id)])
+
+
+def _copy_keys(node: redis.Redis, segment_id: str) -> list[str]:
+    """Return the keys of a segment's copy, as far as they can be known."""
     value = _read(node, segment_id)
     if value is None:
-        return
+        return []
     # Parts that nothing names any more expire.
     part_keys: list[str] = []
     with contextlib.suppress(CorruptError):
         part_keys = keys.segment_parts(segment_id, value)
-    _unlink(node, [keys.segment_header(segment_id), keys.segment_owners(segment_id), *part_keys])
+    return [keys.segment_header(segment_id), *part_keys]
 
 
 def _read(node: redis.Redis, segment_id: str) -> bytes | None:

@@ -23,7 +23,7 @@ from services.runtime.errors import (
     NotFoundError,
     ServiceError,
 )
-from services.store import keys, owners
+from services.store import keys, lease_scripts, owners
 from services.store.accounts import RedisAccounts
 from services.store.base import SessionPage, StoredManifest, TurnRecord
 from services.store.connect import AsyncClient
@@ -84,11 +84,6 @@ redis.call('PEXPIRE', KEYS[4], ARGV[2], 'GT')
 return {1, redis.call('HGET', KEYS[2], 'segments')}
 """
 
-_GIVE_BACK: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])
-"""
-
 
 class RedisSessions(RedisAccounts):
     """Implements ``SessionStore``.
@@ -104,7 +99,7 @@ class RedisSessions(RedisAccounts):
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
         self._renew = client.register_script(_RENEW)
-        self._give_back = client.register_script(_GIVE_BACK)
+        self._give_back = client.register_script(lease_scripts.RELEASE)
 
     async def create_manifest(
         self,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -19,64 +17,25 @@ import torch
 from tiny_model import MAX_MODEL_LEN, byte_tokenizer, load_tiny, tiny_llama
 
 import chunkkv
-from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
+from chunkserve.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
+from services.compress import policy as policies
 from services.compress.memory import ReceivePool
-from services.compress.segments import fetched_segments
+from services.compress.segments import fetched_segments, segment_id
 from services.prefill import runner as prefill_runner
-from services.prefill import servicer as prefill_servicer
-from services.prefill.config import PrefillSettings
+from services.prefill import segments as prefill_segments
 from services.prefill.runner import PrefillRunner
-from services.prefill.servicer import PrefillServicer
 from services.runtime.errors import OverloadedError
-from services.runtime.server import GrpcServer, open_channel
+from services.runtime.server import open_channel
 from services.store import Store, keys
+from tests.integration.prefill_worker import refused, request, serving, session
 
-POLICY = types_pb2.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
 IDS = [1 + i * 7 % 250 for i in range(60)]
-
-
-@asynccontextmanager
-async def serving(
-    store: Store, runner: PrefillRunner | None = None
-) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
-    loaded = load_tiny()
-    settings = PrefillSettings(model="tiny", min_compress_tokens=16, prefill_chunk_tokens=8)
-    runner = runner or PrefillRunner(loaded, prefill_chunk_tokens=8, queue_size=2)
-    servicer = PrefillServicer(loaded, runner, store, settings, worker_id="prefill-1")
-    add = functools.partial(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, servicer)
-    server = GrpcServer("127.0.0.1:0", [add], ["chunkserve.v1.PrefillService"])
-    port = await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
-        yield prefill_pb2_grpc.PrefillServiceStub(channel)
-    await server.stop(0)
-    runner.close()
 
 
 @pytest.fixture
 async def stub(store: Store) -> AsyncIterator[prefill_pb2_grpc.PrefillServiceStub]:
     async with serving(store) as opened:
         yield opened
-
-
-def session(**fields: object) -> manifest_pb2.Manifest:
-    made = manifest_pb2.Manifest(tenant="t", session_id="s", version=1, **fields)
-    made.compression.CopyFrom(POLICY)
-    made.ttl.FromSeconds(60)
-    return made
-
-
-def request(
-    manifest: manifest_pb2.Manifest, ids: list[int], **fields: object
-) -> prefill_pb2.PrefillRequest:
-    return prefill_pb2.PrefillRequest(
-        manifest=manifest, token_ids=types_pb2.TokenIds(ids=ids), **fields
-    )
-
-
-async def refused(call: object) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
 
 
 async def test_a_long_prompt_becomes_a_segment_of_all_but_its_last_token(stub):
@@ -89,6 +48,36 @@ async def test_a_long_prompt_becomes_a_segment_of_all_but_its_last_token(stub):
     assert answer.num_prefilled_tokens == 59
     assert answer.manifest.version == 1
     assert answer.manifest.model_fingerprint == load_tiny().fingerprint
+
+
+async def test_a_segment_says_what_policy_it_was_compressed_by(stub):
+    first = await stub.Prefill(request(session(), IDS))
+    asked = types_pb2.CompressionPolicy(max_kept_tokens=20, max_kv_tokens=40)
+    second = await stub.Prefill(request(first.manifest, IDS, compression=asked))
+
+    policies = [segment.compression for segment in second.manifest.segments]
+    assert policies[0].keep_ratio == 0.5
+    assert (policies[1].max_kept_tokens, policies[1].chunk_size) == (20, 4)
+    # A bound on the answer's KV says nothing about how the prompt was compressed.
+    assert not policies[1].HasField("max_kv_tokens")
+
+
+async def test_a_segments_name_is_that_of_the_policy_that_its_entry_gives_back(store):
+    # As a double, this is nearer to another fraction than as a float.
+    async with serving(store, keep_ratio=0.763774618976614) as stub:
+        manifest = session()
+        manifest.ClearField("compression")
+        answer = await stub.Prefill(request(manifest, IDS))
+
+    [segment] = answer.manifest.segments
+    manifest.token_ids.extend(IDS)
+    recorded = policies.from_wire(segment.compression, chunkkv.CompressionPolicy())
+    assert segment.segment_id == segment_id(
+        manifest,
+        num_tokens=59,
+        policy=recorded.canonical(),
+        fingerprint=answer.manifest.model_fingerprint,
+    )
 
 
 async def test_a_short_prompt_is_left_pending(stub):
@@ -180,7 +169,7 @@ async def test_encoding_is_time_of_compression_and_not_of_the_store(store, monke
 
     encode_for_real = chunkkv.encode
     monkeypatch.setattr(chunkkv, "encode", encode)
-    monkeypatch.setattr(prefill_servicer, "time", Clock)
+    monkeypatch.setattr(prefill_segments, "time", Clock)
     monkeypatch.setattr(prefill_runner, "time", Clock)
     async with serving(SlowStore()) as stub:
         answer = await stub.Prefill(request(session(), IDS))

@@ -306,3 +306,32 @@ def test_a_ttl_that_is_not_positive_is_refused(store: Store, ttl_s: float):
 def test_a_part_larger_than_the_server_takes_is_refused(store: Store):
     with pytest.raises(ValueError, match="at most 536870912"):
         store.put_segment("s", b"h", [bytearray((512 << 20) + 1)], ttl_s=60)
+
+
+def test_a_copy_that_is_discarded_makes_room_for_another(store: Store, server):
+    store.put_segment("s", b"h", [b"damaged", b"parts"], ttl_s=60)
+
+    store.discard_damaged("s")
+    store.discard_damaged("never stored")
+
+    assert not server.holders()
+    store.put_segment("s", b"h", [b"intact"], ttl_s=60)
+    assert fetch(store, "s", [6]) == [b"intact"]
+
+
+def test_a_segments_lease_is_one_callers_until_it_is_given_back(store: Store):
+    assert store.acquire_segment_lease("s", "ours", ttl_s=60)
+
+    assert not store.acquire_segment_lease("s", "theirs", ttl_s=60)
+    assert not store.renew_segment_lease("s", "theirs", ttl_s=60)
+    store.release_segment_lease("s", "theirs")
+    assert store.renew_segment_lease("s", "ours", ttl_s=60)
+    store.release_segment_lease("s", "ours")
+    assert not store.renew_segment_lease("s", "ours", ttl_s=60)
+    assert store.acquire_segment_lease("s", "theirs", ttl_s=60)
+
+
+def test_a_segments_lease_ends_by_itself(store: Store, until):
+    assert store.acquire_segment_lease("s", "ours", ttl_s=0.05)
+
+    until(lambda: store.acquire_segment_lease("s", "theirs", ttl_s=60))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chunkkv import CompressionPolicy
 from chunkserve.v1 import types_pb2
-from services.compress.policy import from_wire, to_wire
+from services.compress.policy import from_wire, prefix_policy, to_wire
 from services.runtime.errors import InvalidRequestError
 
 DEFAULT = CompressionPolicy(
@@ -52,7 +52,7 @@ def test_policy_comes_back_as_it_was(policy: CompressionPolicy):
 
 
 def test_every_field_is_written():
-    written = {field.name for field, _ in to_wire(DEFAULT).ListFields()}
+    written = {field.name for field, _ in to_wire(DEFAULT, prefix_scorer="window").ListFields()}
 
     known = {field.name for field in types_pb2.CompressionPolicy.DESCRIPTOR.fields}
     assert written == known - {"max_kept_tokens", "max_kv_tokens", "prefix_scorer"}
@@ -131,3 +131,17 @@ def test_value_out_of_range_is_the_callers_fault(fields: dict[str, Any], text: s
         from_wire(message(**fields), DEFAULT)
 
     assert text in caught.value.message
+
+
+def test_a_prefix_has_the_first_scorer_that_is_named_and_else_the_same_policy():
+    unset, window = message(), message(prefix_scorer=types_pb2.SCORER_WINDOW)
+
+    assert prefix_policy(DEFAULT, unset, window, default="window") == DEFAULT
+    assert prefix_policy(DEFAULT, unset, unset, default="window") == DEFAULT
+
+
+def test_a_prefix_scorer_that_does_not_exist_is_the_callers_fault():
+    asked = message(prefix_scorer=types_pb2.Scorer.ValueType(99))
+
+    with pytest.raises(InvalidRequestError, match="scorer is 'number 99'; give one of window"):
+        prefix_policy(DEFAULT, asked, default="window")

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from chunkserve.v1 import prefill_pb2, types_pb2
-from services.models.chat import tokenize
+from services.models.chat import prefix_ends, tokenize
 from services.models.loader import LoadedModel, load_model
 from services.runtime.errors import InvalidRequestError
 
@@ -123,3 +123,106 @@ def test_a_turn_that_the_template_makes_nothing_of_is_empty(loaded):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SystemExit, match=r"cannot load the model .*nothing"):
         load_model(str(tmp_path / "nothing"))
+
+
+SYSTEM = {"role": "system", "content": "You know this book: Call me Ishmael."}
+JOINED = {"role": "user", "content": "\n\n\nWhat is the capital of France?"}
+
+
+def marked(message: dict[str, str]) -> dict[str, object]:
+    return {**message, "cache_breakpoint": True}
+
+
+def ends(
+    loaded: LoadedModel, *messages: dict[str, object], before: list[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of messages, and where their prefixes end."""
+    request = chat(*messages)
+    ids = tokenize(loaded, request, before=before or [])
+    return ids, prefix_ends(loaded, request, ids, before=before or [])
+
+
+def test_a_prefix_ends_behind_its_message(loaded):
+    ids, [first, second] = ends(loaded, marked(SYSTEM), QUESTION, ANSWER, marked(FOLLOW_UP))
+
+    text = loaded.tokenizer.decode
+    assert text(ids[:first]) == f"<|im_start|>system\n{SYSTEM['content']}<|im_end|>\n"
+    assert text(ids[first:second]).endswith(f"{FOLLOW_UP['content']}<|im_end|>\n")
+    assert text(ids[second:]) == "<|im_start|>assistant\n"
+
+
+def test_a_prefix_is_the_same_whatever_follows(loaded):
+    one, [end] = ends(loaded, marked(SYSTEM), QUESTION)
+    other, [other_end] = ends(loaded, marked(SYSTEM), FOLLOW_UP, ANSWER, QUESTION)
+
+    assert one[:end] == other[:other_end]
+
+
+@pytest.mark.parametrize("ended_by_itself", [True, False])
+def test_a_prefix_of_a_later_turn_is_counted_in_its_new_tokens(loaded, ended_by_itself):
+    answer = loaded.tokenizer(ANSWER["content"], add_special_tokens=False)["input_ids"]
+    before = [*rendered(loaded, QUESTION), *answer, *([2] if ended_by_itself else [])]
+
+    ids, [end] = ends(loaded, marked(FOLLOW_UP), QUESTION, before=before)
+
+    assert loaded.tokenizer.decode(ids[:end]).endswith(f"{FOLLOW_UP['content']}<|im_end|>\n")
+    assert loaded.tokenizer.decode(ids[end:]).startswith("<|im_start|>user")
+
+
+@pytest.mark.parametrize("request_", [prefill_pb2.TokenizeRequest(text="a"), chat(QUESTION)])
+def test_an_input_without_marks_has_no_prefixes(loaded, request_):
+    assert prefix_ends(loaded, request_, tokenize(loaded, request_)) == []
+
+
+PLAIN = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [PLAIN, PLAIN + "{% if add_generation_prompt %}Answer:{% else %}The end.{% endif %}"],
+    ids=["joins", "marks_the_end"],
+)
+def test_what_the_template_or_the_tokenizer_joins_with_the_rest_belongs_to_the_rest(
+    loaded, template
+):
+    odd = with_template(loaded, template)
+
+    ids, [end] = ends(odd, marked(SYSTEM), JOINED)
+
+    # Three line breaks become one token with the one that ends the message.
+    assert odd.tokenizer.decode(ids[:end]) == SYSTEM["content"]
+    assert odd.tokenizer.decode(ids[end:]).startswith("\n\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }} messages: " + PLAIN,
+        "{% if messages | length < 2 %}{{ raise_exception('ask something') }}{% endif %}" + PLAIN,
+        "{% for m in messages if m.role != 'system' %}[{% if loop.first %}"
+        "{{ messages[0].content }}{% endif %}{{ m.content }}]{% endfor %}",
+        "{% for m in messages | reverse %}{{ m.content }}\n{% endfor %}",
+    ],
+    ids=["counts", "refuses", "folds", "reverses"],
+)
+def test_a_prefix_that_the_template_does_not_allow_is_refused_by_its_index(loaded, template):
+    odd = with_template(loaded, template)
+
+    with pytest.raises(InvalidRequestError, match=r"writes messages\[0\] otherwise") as caught:
+        ends(odd, marked(SYSTEM), QUESTION)
+
+    assert caught.value.field == "chat.messages[0].cache_breakpoint"
+
+
+def test_a_message_that_the_template_folds_into_another_is_in_the_prefix_of_that(loaded):
+    folds = with_template(
+        loaded,
+        "{% for m in messages if m.role != 'system' %}[{% if loop.first %}"
+        "{{ messages[0].content }}\n{% endif %}{{ m.content }}]{% endfor %}",
+    )
+
+    ids, [end] = ends(folds, SYSTEM, marked(QUESTION), ANSWER, FOLLOW_UP)
+
+    # Its question mark and the bracket behind it become one token with the next one's.
+    assert QUESTION["content"].rstrip("?") in folds.tokenizer.decode(ids[:end])
+    assert ANSWER["content"] not in folds.tokenizer.decode(ids[:end])

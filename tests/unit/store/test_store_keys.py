@@ -39,6 +39,7 @@ def test_a_segments_keys_share_a_slot(segment_id: str, index: int):
 
     assert slot(part) == slot(keys.segment_header(segment_id))
     assert slot(part) == slot(keys.segment_owners(segment_id))
+    assert slot(part) == slot(keys.segment_lease(segment_id))
 
 
 @given(worker_id=NAMES)
