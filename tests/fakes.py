@@ -150,6 +150,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.errors: list[Exception] = []  # at the start, each once
         self.errors_at_end: list[Exception] = []  # instead of the commit, each once
         self.error_after_first_token: Exception | None = None
+        self.error_after_commit: Exception | None = None
         self.ends_early = False
         self._feeds = TokenFeeds()
 
@@ -215,6 +216,8 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         )
         if manifest.session_id:
             await self._commit(request, finish)
+            if self.error_after_commit is not None:
+                raise self.error_after_commit
         yield decode_pb2.DecodeResponse(finish=finish)
 
     async def _commit(self, request: decode_pb2.DecodeRequest, finish: types_pb2.Finish) -> None:

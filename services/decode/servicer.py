@@ -29,6 +29,7 @@ from services.models.loader import LoadedModel
 from services.runtime.errors import InvalidRequestError, MismatchError
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store, TurnRecord
+from services.store.lease import completed
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -110,7 +111,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
             commit_started_at = time.perf_counter()
             finish = _finish(manifest, generation.sequence, sampling, started_at)
-            await self._commit(request, generation, placement, finish)
+            # Once the answer is complete, whoever leaves does not leave half of it behind.
+            await completed(self._commit(request, generation, placement, finish))
             finish.commit_ms = _milliseconds(commit_started_at, time.perf_counter())
 
         add_request_fields(

@@ -19,6 +19,7 @@ from services.gateway.channels import WorkerChannels
 from services.gateway.manifests import num_cached_tokens
 from services.gateway.routing import Router
 from services.runtime.errors import (
+    ConflictError,
     CorruptError,
     NotFoundError,
     OverloadedError,
@@ -117,6 +118,10 @@ class TurnRunner:
         prompt = await self._prompt(turn, manifest)
         try:
             return await self._decode(_Relay(turn, prompt))
+        except BaseException:
+            if manifest.session_id:
+                await finish("turn.release", self._release_segments(prompt.manifest))
+            raise
         finally:
             if not manifest.session_id:
                 await finish("one_off.delete", self._delete_segments(prompt.manifest))
@@ -226,11 +231,31 @@ class TurnRunner:
             try:
                 decode = partial(self._decode_on, worker, relay)
                 return await self._healed(relay.turn, relay.prompt, decode)
+            except ConflictError as error:
+                return await self._committed_before(relay, error)
             except ServiceError as error:
                 if not _may_go_elsewhere(error):
                     raise
                 (full if isinstance(error, OverloadedError) else gone).add(worker.worker_id)
                 worker = await self._next_decode(relay, gone, full, error)
+
+    async def _committed_before(self, relay: _Relay, error: ConflictError) -> types_pb2.Finish:
+        """Send the rest of an answer that a worker committed before it died; return its end.
+
+        Called where the commit of another worker, which went on with the answer, is refused.
+
+        Raises:
+            ConflictError: It was not this turn that was committed.
+        """
+        manifest = relay.prompt.manifest
+        body = await self._store.get_turn_result(
+            manifest.tenant, manifest.session_id, current_request_id()
+        )
+        result = manifest_pb2.TurnResult.FromString(body or b"")
+        if not body or result.request_digest != relay.turn.request_digest:
+            raise error
+        await relay.send_rest(result.answer)
+        return result.finish
 
     async def _pick_decode(self, relay: _Relay, exclude: Collection[str] = ()) -> WorkerInfo:
         manifest = relay.prompt.manifest
@@ -290,6 +315,11 @@ class TurnRunner:
                 await relay.forward(event)
         return relay.finish()
 
+    async def _release_segments(self, manifest: manifest_pb2.Manifest) -> None:
+        """Give up the segments of a turn that was not committed; those of the session stay."""
+        segment_ids = [segment.segment_id for segment in manifest.segments]
+        await self._store.release_segments(manifest.tenant, manifest.session_id, segment_ids)
+
     async def _delete_segments(self, manifest: manifest_pb2.Manifest) -> None:
         segment_ids = [segment.segment_id for segment in manifest.segments]
         if segment_ids:
@@ -328,6 +358,7 @@ class _Relay:
         if not self.sampling.HasField("seed"):
             self.sampling.seed = secrets.randbits(63)
         self.has_begun = False
+        self._num_chars = 0
         self._finish: types_pb2.Finish | None = None
 
     async def forward(self, event: decode_pb2.DecodeResponse) -> None:
@@ -344,10 +375,26 @@ class _Relay:
                     add_request_fields(first_token_ms=_ms_since(self.turn.started_at))
                 # Known to be sent before it is: gRPC sends it even if this is cancelled here.
                 self.token_ids.extend(event.delta.token_ids)
+                self._num_chars += len(event.delta.text)
                 await self.turn.send(inference_pb2.GenerateResponse(delta=event.delta))
             case "finish":
                 self._finish = event.finish
                 add_request_fields(num_generated_tokens=event.finish.num_generated_tokens)
+
+    async def send_rest(self, answer: types_pb2.TokenDelta) -> None:
+        """Send what is left of a whole answer."""
+        num_sent = len(self.token_ids)
+        if num_sent == len(answer.token_ids) and self._num_chars == len(answer.text):
+            return
+        # Of tokens that came from another worker, a result has no log-probabilities.
+        num_missing = len(answer.token_ids) - len(answer.logprobs)
+        rest = types_pb2.TokenDelta(
+            text=answer.text[self._num_chars :],
+            token_ids=answer.token_ids[num_sent:],
+            first_token_index=num_sent,
+            logprobs=answer.logprobs[max(num_sent - num_missing, 0) :],
+        )
+        await self.turn.send(inference_pb2.GenerateResponse(delta=rest))
 
     def finish(self) -> types_pb2.Finish:
         """Return the worker's last word; without one, the answer was cut off: not silently."""

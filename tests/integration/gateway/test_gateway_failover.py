@@ -8,7 +8,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from chunkserve.v1 import types_pb2
+from chunkserve.v1 import session_pb2, types_pb2
 from services.runtime.errors import CorruptError, NotFoundError, UnavailableError
 from services.store import Store
 from tests.fakes import ANSWER, FakeCluster, FakeDecode, error_info
@@ -19,6 +19,10 @@ LOST = [
     CorruptError("segment x is damaged", resource=("segment", "x")),
 ]
 STORE_AWAY = UnavailableError("the store is away", reason="STORE_UNAVAILABLE", retry_after_s=1)
+
+
+def get(session_id: str) -> session_pb2.GetSessionRequest:
+    return session_pb2.GetSessionRequest(session_id=session_id)
 
 
 def kinds(events: list[Any]) -> list[str]:
@@ -50,6 +54,37 @@ async def test_an_answer_goes_on_at_another_worker(cluster: FakeCluster, session
     [before], [after] = first.requests, other.requests
     assert after.num_resumed_tokens == 1
     assert list(after.manifest.token_ids) == [*before.manifest.token_ids, ANSWER[0]]
+
+
+async def test_an_answer_that_was_committed_before_the_worker_died_is_not_run_twice(
+    cluster: FakeCluster,
+) -> None:
+    await cluster.add_prefill()
+    first, _ = await two_decode_workers(cluster)
+    first.error_after_commit = STOPPED
+    await cluster.create_session(session_id="s-1")
+
+    events = await cluster.generate(session_id="s-1")
+
+    assert token_ids(events) == list(ANSWER)
+    assert "".join(event.delta.text for event in events) == ANSWER.decode()
+    assert events[-1].finish.session_version == 2
+    session = (await cluster.sessions.GetSession(get("s-1"))).session
+    assert (session.version, session.num_turns) == (2, 1)
+
+
+async def test_a_turn_that_failed_leaves_no_segment(cluster: FakeCluster, store: Store) -> None:
+    prefill = await cluster.add_prefill()
+    only = await cluster.add_decode()
+    only.error_after_first_token = STOPPED
+    await cluster.create_session(session_id="s-1")
+
+    with pytest.raises(grpc.aio.AioRpcError):
+        await cluster.generate(session_id="s-1")
+
+    [segment] = only.requests[0].manifest.segments
+    assert prefill.requests
+    assert not store.has_segment(segment.segment_id, ttl_s=1)
 
 
 async def test_all_workers_of_an_answer_use_one_seed(cluster: FakeCluster) -> None:

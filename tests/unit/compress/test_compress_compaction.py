@@ -50,6 +50,7 @@ def test_budget_is_spread_exactly_and_in_proportion(own: list[int], budget: int)
 
 async def test_budget_is_exact_and_whole_segments_keep_all(store: Store, compactor: Compactor):
     before = await store_session(store, "s-1", SPANS)
+    originals = open_spans(store, before.segments)
 
     done = await compactor.compact("default", "s-1", Target(max_kept_tokens=57))
 
@@ -61,7 +62,6 @@ async def test_budget_is_exact_and_whole_segments_keep_all(store: Store, compact
     assert (after.version, done.version) == (2, 2)
     assert (after.token_ids, after.update_time) == (before.token_ids, before.update_time)
     small, whole, large = open_spans(store, after.segments)
-    originals = open_spans(store, before.segments)
     assert torch.equal(small.memory, chunkkv.recompress(originals[0], max_kept_tokens=17).memory)
     assert torch.equal(large.memory, chunkkv.recompress(originals[2], max_kept_tokens=33).memory)
     assert torch.equal(whole.memory, originals[1].memory)
@@ -79,13 +79,14 @@ async def test_precision_changes_every_segment_and_is_written_down(
     store: Store, compactor: Compactor
 ):
     before = await store_session(store, "s-1", SPANS)
+    originals = open_spans(store, before.segments)
 
     await compactor.compact("default", "s-1", Target(precision="int8"))
 
     after = await read_session(store, "s-1")
-    for old, new in zip(before.segments, after.segments, strict=True):
+    for old, kv, new in zip(before.segments, originals, after.segments, strict=True):
         assert new.size_bytes < old.size_bytes
-        assert new.kv_bytes == open_spans(store, [old])[0].size_bytes
+        assert new.kv_bytes == kv.size_bytes
         done = new.recompression
         assert done.precision == types_pb2.PRECISION_INT8
         assert done.original_segment_id == old.segment_id
