@@ -150,6 +150,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.errors: list[Exception] = []  # at the start, each once
         self.errors_at_end: list[Exception] = []  # instead of the commit, each once
         self.error_after_first_token: Exception | None = None
+        self.stopped = asyncio.Event()
         self.error_after_commit: Exception | None = None
         self.ends_early = False
         self._feeds = TokenFeeds()
@@ -202,6 +203,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             if i == request.num_resumed_tokens:
                 await self.after_first_token.pass_through()
                 if self.error_after_first_token is not None:
+                    self.stopped.set()
                     raise self.error_after_first_token
         if self.ends_early:
             return

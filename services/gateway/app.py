@@ -46,6 +46,7 @@ class Gateway:
         router = Router(
             store,
             refresh_s=settings.worker_refresh_s,
+            outage_grace_s=settings.heartbeat_ttl_s,
             default_model=settings.default_model,
             num_calls=self._channels.num_calls,
         )

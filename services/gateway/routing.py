@@ -40,6 +40,8 @@ class Router:
         registry: Who lives.
         refresh_s: Age at which the view is read again. It is also read again when what is asked
             for is not in it.
+        outage_grace_s: How long after an outage of the store workers that were known before it
+            count as alive although they have not announced themselves again.
         default_model: The model of requests that name none. Empty: the only one that lives.
         num_calls: Calls that this gateway has running at an address; newer than a worker's own
             announcement.
@@ -51,12 +53,16 @@ class Router:
         registry: Registry,
         *,
         refresh_s: float,
+        outage_grace_s: float = 5.0,
         default_model: str = "",
         num_calls: Callable[[str], int] = lambda address: 0,
         rng: random.Random | None = None,
     ) -> None:
         self._registry = registry
         self._refresh_s = refresh_s
+        self._outage_grace_s = outage_grace_s
+        self._is_away = False
+        self._grace_ends_at = float("-inf")
         self._default_model = default_model
         self._num_calls = num_calls
         self._rng = rng or random.Random()
@@ -66,10 +72,10 @@ class Router:
         self._read_at = float("-inf")
 
     async def workers(self) -> Sequence[WorkerInfo]:
-        """Return the living workers, as of ``refresh_s`` ago at most.
+        """Return the living workers, as of ``refresh_s`` ago or as the store last said.
 
         Raises:
-            UnavailableError: The store is away.
+            UnavailableError: The store is away, and was from the beginning.
         """
         return await self._workers_since(time.monotonic() - self._refresh_s)
 
@@ -211,19 +217,36 @@ class Router:
         """Return a view that was read at ``oldest`` or later.
 
         One reader reads for all who wait, and fails for all: behind a store that does not answer,
-        they would otherwise time out one after another.
+        they would otherwise time out one after another. Workers outlive an outage of the
+        store: what was read before it stands.
         """
         async with self._lock:
             if self._read_at < oldest:
                 read_at = time.monotonic()
                 try:
-                    self._workers, self._failure = await self._registry.workers(), None
+                    read = await self._registry.workers()
                 except ServiceError as error:
-                    read_at, self._failure = time.monotonic(), error
+                    read_at = time.monotonic()
+                    self._is_away = True
+                    if not self._workers:
+                        self._failure = error
+                else:
+                    self._workers, self._failure = self._with_those_before(read), None
                 self._read_at = read_at
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
             return self._workers
+
+    def _with_those_before(self, read: Sequence[WorkerInfo]) -> Sequence[WorkerInfo]:
+        """Return what was read, soon after an outage with those that were known before it."""
+        now = time.monotonic()
+        if self._is_away:
+            self._is_away = False
+            self._grace_ends_at = now + self._outage_grace_s
+        if now >= self._grace_ends_at:
+            return read
+        known = {worker.worker_id: worker for worker in (*self._workers, *read)}
+        return list(known.values())
 
     def _less_loaded(self, workers: Sequence[WorkerInfo]) -> WorkerInfo:
         drawn = self._rng.sample(workers, min(2, len(workers)))

@@ -12,8 +12,9 @@ from typing import Final
 
 from services.store import keys
 from services.store.base import TenantUsage
+from services.store.breaker import CircuitBreaker
 from services.store.connect import AsyncClient
-from services.store.failures import store_errors, ttl_ms
+from services.store.failures import ttl_ms
 
 _NOW: Final = """
 local time = redis.call('TIME')
@@ -90,12 +91,12 @@ class RedisAccounts:
 
     Args:
         client: For one event loop.
-        where: Address for messages.
+        breaker: Of the server.
     """
 
-    def __init__(self, client: AsyncClient, where: str) -> None:
+    def __init__(self, client: AsyncClient, breaker: CircuitBreaker) -> None:
         self._client = client
-        self._where = where
+        self._breaker = breaker
         self._enlist_script = client.register_script(_ENLIST)
         self._strike_script = client.register_script(_STRIKE)
         self._usage_script = client.register_script(_USAGE)
@@ -105,14 +106,14 @@ class RedisAccounts:
     async def usage(self, tenant: str) -> TenantUsage:
         """Return what a tenant uses."""
         names = [keys.account_ends(tenant), keys.account_bytes(tenant)]
-        with store_errors(self._where):
+        with self._breaker.guard():
             num_sessions, stored_bytes = await self._usage_script(keys=names)
         return TenantUsage(int(num_sessions), int(stored_bytes))
 
     async def begin_turn(self, tenant: str, *, limit: int, ttl_s: float) -> str | None:
         """Count one more turn and return its token; ``None`` if ``limit`` turns run."""
         token = secrets.token_hex(16)
-        with store_errors(self._where):
+        with self._breaker.guard():
             has_room = await self._begin_script(
                 keys=[keys.running_turns(tenant)], args=[token, ttl_ms(ttl_s), limit]
             )
@@ -120,12 +121,12 @@ class RedisAccounts:
 
     async def renew_turn(self, tenant: str, token: str, *, ttl_s: float) -> None:
         """Count a turn for ``ttl_s`` more."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._renew_script(keys=[keys.running_turns(tenant)], args=[token, ttl_ms(ttl_s)])
 
     async def end_turn(self, tenant: str, token: str) -> None:
         """Count a turn no more."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._client.zrem(keys.running_turns(tenant), token)
 
     async def _enlist(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from redis.exceptions import (
@@ -16,8 +14,6 @@ from redis.exceptions import (
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
-    RedisClusterException,
-    RedisError,
     ResponseError,
     TryAgainError,
 )
@@ -35,19 +31,6 @@ MAX_TTL_S: Final = 10 * 365 * 86_400
 
 _CREDENTIALS: Final = "check the user, its password and its permissions in the store URL"
 _WAIT: Final = "it is starting up or changing roles; retry"
-
-
-@contextmanager
-def store_errors(where: str) -> Iterator[None]:
-    """Turn errors of redis-py and of sockets into service errors.
-
-    Args:
-        where: Address of the server, without credentials, for the message.
-    """
-    try:
-        yield
-    except (RedisError, RedisClusterException, OSError) as error:
-        raise service_error(error, where) from error
 
 
 def service_error(error: Exception, where: str) -> ServiceError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from services.store.breaker import CircuitBreaker
 from services.store.connect import Endpoint, async_client, blocking_nodes
-from services.store.failures import store_errors
 from services.store.registry import RedisRegistry
 from services.store.segments import RedisSegments
 from services.store.sessions import RedisSessions
@@ -22,14 +22,15 @@ class RedisStore(RedisSegments, RedisSessions, RedisTransfer, RedisRegistry):
 
     def __init__(self, endpoint: Endpoint) -> None:
         client = async_client(endpoint)
-        RedisSegments.__init__(self, blocking_nodes(endpoint), endpoint.where)
-        RedisSessions.__init__(self, client, endpoint.where)
-        RedisTransfer.__init__(self, client, endpoint.where)
-        RedisRegistry.__init__(self, client, endpoint.where)
+        breaker = CircuitBreaker(endpoint.where)
+        RedisSegments.__init__(self, blocking_nodes(endpoint), breaker)
+        RedisSessions.__init__(self, client, breaker)
+        RedisTransfer.__init__(self, client, breaker)
+        RedisRegistry.__init__(self, client, breaker)
 
     async def ping(self) -> None:
         """Raise ``UnavailableError`` unless the store answers."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._client.ping()
 
     async def close(self) -> None:

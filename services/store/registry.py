@@ -11,8 +11,9 @@ from typing import Final
 from services.runtime.telemetry import get_logger
 from services.store import keys
 from services.store.base import WorkerInfo
+from services.store.breaker import CircuitBreaker
 from services.store.connect import AsyncClient
-from services.store.failures import store_errors, ttl_ms
+from services.store.failures import ttl_ms
 
 # The index must not die before the last worker in it.
 _ANNOUNCE: Final = """
@@ -35,18 +36,18 @@ class RedisRegistry:
 
     Args:
         client: For one event loop.
-        where: Address for messages.
+        breaker: Of the server.
     """
 
-    def __init__(self, client: AsyncClient, where: str) -> None:
+    def __init__(self, client: AsyncClient, breaker: CircuitBreaker) -> None:
         self._client = client
-        self._where = where
+        self._breaker = breaker
         self._announce = client.register_script(_ANNOUNCE)
         self._forget = client.register_script(_FORGET)
 
     async def announce(self, worker: WorkerInfo, *, ttl_s: float) -> None:
         """Write or renew a worker's entry; without renewal it is gone after ``ttl_s``."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._announce(
                 keys=[keys.worker(worker.worker_id), keys.worker_index()],
                 args=[worker.worker_id, _to_json(worker), ttl_ms(ttl_s)],
@@ -54,13 +55,13 @@ class RedisRegistry:
 
     async def withdraw(self, worker: WorkerInfo) -> None:
         """Remove a worker's entry at once."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._client.delete(keys.worker(worker.worker_id))
             await self._client.srem(keys.worker_index(), worker.worker_id)
 
     async def workers(self) -> Sequence[WorkerInfo]:
         """Return all living workers, by id."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             members = await self._client.execute_command("SMEMBERS", keys.worker_index())
             worker_ids = sorted(member.decode() for member in members)
             if not worker_ids:

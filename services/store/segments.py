@@ -20,8 +20,9 @@ from redis.exceptions import MovedError
 from services.runtime.errors import CorruptError
 from services.store import keys, lease_scripts, owners, wire
 from services.store.base import Buffer, SegmentOwner
+from services.store.breaker import CircuitBreaker
 from services.store.connect import Nodes
-from services.store.failures import segment_not_found, store_errors, ttl_ms
+from services.store.failures import segment_not_found, ttl_ms
 
 MAX_PART_BYTES: Final = 512 << 20  # Redis's own limit, past which it just hangs up
 
@@ -33,12 +34,12 @@ class RedisSegments:
 
     Args:
         nodes: Where the segments are.
-        where: Address for messages.
+        breaker: Of the server.
     """
 
-    def __init__(self, nodes: Nodes, where: str) -> None:
+    def __init__(self, nodes: Nodes, breaker: CircuitBreaker) -> None:
         self._nodes = nodes
-        self._where = where
+        self._breaker = breaker
 
     def has_segment(
         self, segment_id: str, *, ttl_s: float, owner: SegmentOwner | None = None
@@ -49,7 +50,7 @@ class RedisSegments:
             CorruptError: What says which parts belong to it is damaged, or the header is.
         """
         claim = _Claim.of(owner, ttl_s)
-        with store_errors(self._where):
+        with self._breaker.guard():
             return self._at_node(segment_id, lambda node: _extend(node, segment_id, claim))
 
     def put_segment(
@@ -71,12 +72,12 @@ class RedisSegments:
         if largest > MAX_PART_BYTES:
             raise ValueError(f"part of {largest} bytes; at most {MAX_PART_BYTES} can be stored")
         claim = _Claim.of(owner, ttl_s)
-        with store_errors(self._where):
+        with self._breaker.guard():
             self._at_node(segment_id, lambda node: _put(node, segment_id, header, views, claim))
 
     def get_header(self, segment_id: str) -> bytes:
         """Return the header."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             value = self._at_node(segment_id, lambda node: _read(node, segment_id))
         if value is None:
             raise segment_not_found(segment_id)
@@ -93,7 +94,7 @@ class RedisSegments:
         out = out.cast("B")
         if len(out) < sum(part_sizes):
             raise ValueError(f"parts have {sum(part_sizes)} bytes; out has {len(out)}")
-        with store_errors(self._where):
+        with self._breaker.guard():
             part_keys = self._part_keys(segment_id)
             if len(part_keys) != len(part_sizes):
                 raise CorruptError(
@@ -117,19 +118,19 @@ class RedisSegments:
 
     def delete_segments(self, segment_ids: Iterable[str]) -> None:
         """Delete segments that nobody else can name."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             for segment_id in segment_ids:
                 self._at_node(segment_id, partial(_delete, segment_id=segment_id))
 
     def discard_damaged(self, segment_id: str) -> None:
         """Delete a segment's present copy, so that another one can be stored."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             self._at_node(segment_id, lambda node: _unlink(node, _copy_keys(node, segment_id)))
 
     def acquire_segment_lease(self, segment_id: str, token: str, *, ttl_s: float) -> bool:
         """Take the lease under a token of the caller's making; ``False`` if another one has it."""
         key, lifetime = keys.segment_lease(segment_id), ttl_ms(ttl_s)
-        with store_errors(self._where):
+        with self._breaker.guard():
             return bool(
                 self._at_node(segment_id, lambda node: node.set(key, token, px=lifetime, nx=True))
             )
@@ -144,7 +145,7 @@ class RedisSegments:
 
     def _eval(self, segment_id: str, script: str, *args: str | int) -> object:
         key = keys.segment_lease(segment_id)
-        with store_errors(self._where):
+        with self._breaker.guard():
             return self._at_node(segment_id, lambda node: node.eval(script, 1, key, *args))
 
     def _part_keys(self, segment_id: str) -> list[str]:

@@ -26,8 +26,9 @@ from services.runtime.errors import (
 from services.store import keys, lease_scripts, owners
 from services.store.accounts import RedisAccounts
 from services.store.base import SessionPage, StoredManifest, TurnRecord
+from services.store.breaker import CircuitBreaker
 from services.store.connect import AsyncClient
-from services.store.failures import segment_not_found, store_errors, ttl_ms
+from services.store.failures import segment_not_found, ttl_ms
 
 # Results of turns that a session keeps.
 MAX_TURN_RESULTS: Final = 64
@@ -90,11 +91,11 @@ class RedisSessions(RedisAccounts):
 
     Args:
         client: For one event loop.
-        where: Address for messages.
+        breaker: Of the server.
     """
 
-    def __init__(self, client: AsyncClient, where: str) -> None:
-        super().__init__(client, where)
+    def __init__(self, client: AsyncClient, breaker: CircuitBreaker) -> None:
+        super().__init__(client, breaker)
         self._create = client.register_script(_CREATE)
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
@@ -114,7 +115,7 @@ class RedisSessions(RedisAccounts):
         created_us = time.time_ns() // 1000
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
-        with store_errors(self._where):
+        with self._breaker.guard():
             async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
                 is_new = await self._create(
                     keys=_session_keys(tenant, session_id),
@@ -136,7 +137,7 @@ class RedisSessions(RedisAccounts):
     async def get_manifest(self, tenant: str, session_id: str) -> StoredManifest:
         """Read a manifest."""
         key = keys.manifest(tenant, session_id)
-        with store_errors(self._where):
+        with self._breaker.guard():
             pipeline = self._client.pipeline(transaction=False)
             pipeline.execute_command("HMGET", key, "version", "body")
             pipeline.execute_command("PTTL", key)
@@ -160,7 +161,7 @@ class RedisSessions(RedisAccounts):
         """Replace version ``expected_version`` and return the new one, all or nothing."""
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
-        with store_errors(self._where):
+        with self._breaker.guard():
             async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
                 answer = await self._commit(
                     keys=_session_keys(tenant, session_id),
@@ -188,13 +189,13 @@ class RedisSessions(RedisAccounts):
     async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
         """Return what was committed under this request id; ``None`` if nothing was."""
         key = keys.turn_results(tenant, session_id)
-        with store_errors(self._where):
+        with self._breaker.guard():
             found: bytes | None = await self._client.execute_command("HGET", key, request_id)
         return found
 
     async def delete_manifest(self, tenant: str, session_id: str) -> None:
         """Delete a session, and at once the segments that only it named."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             created_us, named = await self._delete(keys=_session_keys(tenant, session_id))
             if created_us is None:
                 raise _not_found(session_id)
@@ -205,7 +206,7 @@ class RedisSessions(RedisAccounts):
         self, tenant: str, session_id: str, segment_ids: Iterable[str]
     ) -> None:
         """Own these segments no longer, unless the session names them; free what nobody owns."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             stored = await self._client.execute_command(
                 "HGET", keys.manifest(tenant, session_id), "segments"
             )
@@ -223,7 +224,7 @@ class RedisSessions(RedisAccounts):
         # One more than the page holds tells whether there is another page.
         live: list[bytes] = []
         start = b"(" + _parse_page_token(page_token) if page_token else b"-"
-        with store_errors(self._where):
+        with self._breaker.guard():
             while len(live) <= page_size:
                 limit = max(page_size + 1 - len(live), _MIN_LIST_BATCH)
                 members: list[bytes] = await self._client.execute_command(
@@ -245,7 +246,7 @@ class RedisSessions(RedisAccounts):
     async def acquire_lease(self, tenant: str, session_id: str, *, ttl_s: float) -> str:
         """Take the turn lease and return its token."""
         token = secrets.token_hex(16)
-        with store_errors(self._where):
+        with self._breaker.guard():
             is_ours = await self._client.set(
                 keys.lease(tenant, session_id), token, px=ttl_ms(ttl_s), nx=True
             )
@@ -259,7 +260,7 @@ class RedisSessions(RedisAccounts):
     async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
         """Extend a lease, and its session; ``False`` if it is not ours any more."""
         lifetime = ttl_ms(ttl_s)
-        with store_errors(self._where):
+        with self._breaker.guard():
             is_ours, *segments = await self._renew(
                 keys=[keys.lease(tenant, session_id), *_session_keys(tenant, session_id)],
                 args=[token, lifetime],
@@ -272,7 +273,7 @@ class RedisSessions(RedisAccounts):
 
     async def release_lease(self, tenant: str, session_id: str, token: str) -> None:
         """Give a lease back. Harmless if it is not ours any more."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             await self._give_back(keys=[keys.lease(tenant, session_id)], args=[token])
 
     @asynccontextmanager

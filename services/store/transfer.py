@@ -10,8 +10,9 @@ import os
 
 from services.store import keys, owners
 from services.store.base import Buffer, SegmentCopy, SegmentOwner, StoredSegment
+from services.store.breaker import CircuitBreaker
 from services.store.connect import AsyncClient
-from services.store.failures import segment_not_found, store_errors, ttl_ms
+from services.store.failures import segment_not_found, ttl_ms
 
 
 class RedisTransfer:
@@ -19,17 +20,17 @@ class RedisTransfer:
 
     Args:
         client: For one event loop.
-        where: Address for messages.
+        breaker: Of the server.
     """
 
-    def __init__(self, client: AsyncClient, where: str) -> None:
+    def __init__(self, client: AsyncClient, breaker: CircuitBreaker) -> None:
         self._client = client
-        self._where = where
+        self._breaker = breaker
         self._publish = client.register_script(owners.PUBLISH)
 
     async def open_segment(self, segment_id: str) -> StoredSegment:
         """Return a segment's header, and where its parts are."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             value: bytes | None = await self._client.execute_command(
                 "GET", keys.segment_header(segment_id)
             )
@@ -41,7 +42,7 @@ class RedisTransfer:
 
     async def read_part(self, copy: SegmentCopy, index: int) -> bytes:
         """Return one part of a copy; who reads checks its content."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             part: bytes | None = await self._client.execute_command("GET", _part(copy, index))
         if part is None:
             raise segment_not_found(copy.segment_id)
@@ -55,7 +56,7 @@ class RedisTransfer:
         self, copy: SegmentCopy, index: int, part: Buffer, *, ttl_s: float
     ) -> None:
         """Store one part of a copy."""
-        with store_errors(self._where):
+        with self._breaker.guard():
             lifetime = ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS
             await self._client.set(_part(copy, index), bytes(part), px=lifetime)
 
@@ -76,13 +77,13 @@ class RedisTransfer:
             owner=keys.owner(*owner),
             lifetime=ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS,
         )
-        with store_errors(self._where):
+        with self._breaker.guard():
             return bool(await self._publish(keys=call.keys, args=call.args))
 
     async def discard_copy(self, copy: SegmentCopy, num_parts: int) -> None:
         """Delete the parts of a copy that was not published."""
         if num_parts:
-            with store_errors(self._where):
+            with self._breaker.guard():
                 await self._client.unlink(*(_part(copy, index) for index in range(num_parts)))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -16,8 +18,9 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from services.runtime.errors import ERROR_DOMAIN, InvalidRequestError
 from services.store import Store, open_store
-from services.store.embedded import EmbeddedValkey
+from services.store.embedded import EmbeddedOptions, EmbeddedValkey
 from tests.fakes import (
+    ANSWER,
     FINGERPRINT,
     MODEL,
     WAIT_S,
@@ -244,8 +247,7 @@ async def test_a_long_text_in_a_wrong_field_does_not_break_the_answer(
     assert "send 1 to 64 characters" in str(error.details())
 
 
-@pytest.mark.parametrize("fields", [{"session_id": "s-1"}, {}], ids=["session", "one_off"])
-async def test_a_store_that_went_away_is_unavailable_quickly(fields: dict[str, str]) -> None:
+async def test_a_store_that_went_away_is_unavailable_quickly() -> None:
     with EmbeddedValkey() as server:
         store = open_store(server.url)
         async with FakeCluster(store) as cluster:
@@ -255,7 +257,7 @@ async def test_a_store_that_went_away_is_unavailable_quickly(fields: dict[str, s
             server.stop()
             started = time.monotonic()
 
-            error = await fail_generate(cluster, **fields)
+            error = await fail_generate(cluster, session_id="s-1")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await cluster.sessions.ListSessions(session_pb2.ListSessionsRequest())
 
@@ -264,6 +266,41 @@ async def test_a_store_that_went_away_is_unavailable_quickly(fields: dict[str, s
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert error_info(error).reason == "STORE_UNAVAILABLE"
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    [retry] = details(error, error_details_pb2.RetryInfo)
+    assert retry.retry_delay.ToTimedelta().total_seconds() > 0
+
+
+async def test_one_off_requests_and_recovery_need_no_restart(tmp_path: Path) -> None:
+    options = EmbeddedOptions(directory=tmp_path)
+    with EmbeddedValkey(options) as server:
+        store = open_store(server.url)
+        async with closing_store(store), FakeCluster(store, heartbeat_ttl_s=60) as cluster:
+            await cluster.add_prefill()
+            await cluster.add_decode()
+            await cluster.generate()
+            server.stop()
+
+            for _ in range(5):  # also once the circuit breaker is open
+                events = await cluster.generate()
+                assert events[-1].finish.num_generated_tokens == len(ANSWER)
+                assert events[0].prompt_info.stored_bytes == 0
+            with EmbeddedValkey(options):
+                await answers_with_the_store(cluster)
+
+
+@asynccontextmanager
+async def closing_store(store: Store) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await store.close()
+
+
+async def answers_with_the_store(cluster: FakeCluster) -> None:
+    """Wait until a request is answered with its KV stored on the way."""
+    async with asyncio.timeout(WAIT_S):
+        while (await cluster.generate())[0].prompt_info.stored_bytes == 0:
+            pass
 
 
 async def test_a_store_that_goes_away_during_a_turn_does_not_hold_the_answer_up() -> None:

@@ -11,7 +11,16 @@ import pytest
 from chunkserve.v1 import session_pb2, types_pb2
 from services.runtime.errors import CorruptError, NotFoundError, UnavailableError
 from services.store import Store
-from tests.fakes import ANSWER, FakeCluster, FakeDecode, error_info
+from tests.fakes import (
+    ANSWER,
+    WAIT_S,
+    FakeCluster,
+    FakeDecode,
+    Gate,
+    error_info,
+    generate_request,
+    read_rest,
+)
 
 STOPPED = UnavailableError("this worker has stopped", reason="WORKER_STOPPED")
 LOST = [
@@ -33,6 +42,19 @@ def token_ids(events: list[Any]) -> list[int]:
     return [token_id for event in events for token_id in event.delta.token_ids]
 
 
+async def generate_until_it_stops(
+    cluster: FakeCluster, worker: FakeDecode, **fields: Any
+) -> list[Any]:
+    """Return all events of a call whose worker stops when its first token has arrived."""
+    worker.error_after_first_token = STOPPED
+    worker.after_first_token = Gate()
+    worker.after_first_token.is_closed = True
+    call: Any = cluster.inference.Generate(generate_request(**fields), timeout=WAIT_S)
+    events = [await call.read() for _ in range(2)]
+    worker.after_first_token.released.set()
+    return [*events, *await read_rest(call)]
+
+
 async def two_decode_workers(cluster: FakeCluster) -> tuple[FakeDecode, FakeDecode]:
     """Return the one that is asked first, and the other."""
     first = await cluster.add_decode(worker_id="d-first")
@@ -43,10 +65,9 @@ async def two_decode_workers(cluster: FakeCluster) -> tuple[FakeDecode, FakeDeco
 async def test_an_answer_goes_on_at_another_worker(cluster: FakeCluster, session_id: str) -> None:
     await cluster.add_prefill()
     first, other = await two_decode_workers(cluster)
-    first.error_after_first_token = STOPPED
     await cluster.create_session(session_id="s-1")
 
-    events = await cluster.generate(session_id=session_id)
+    events = await generate_until_it_stops(cluster, first, session_id=session_id)
 
     assert kinds(events) == ["prompt_info", *["delta"] * len(ANSWER), "finish"]
     assert token_ids(events) == list(ANSWER)
@@ -90,10 +111,9 @@ async def test_a_turn_that_failed_leaves_no_segment(cluster: FakeCluster, store:
 async def test_all_workers_of_an_answer_use_one_seed(cluster: FakeCluster) -> None:
     await cluster.add_prefill()
     first, other = await two_decode_workers(cluster)
-    first.error_after_first_token = STOPPED
 
-    await cluster.generate()
-    await cluster.generate(sampling=types_pb2.SamplingParams(seed=7))
+    await generate_until_it_stops(cluster, first)
+    await generate_until_it_stops(cluster, first, sampling=types_pb2.SamplingParams(seed=7))
 
     seeds = [[request.sampling.seed for request in worker.requests] for worker in (first, other)]
     assert seeds[0] == seeds[1]
@@ -104,11 +124,8 @@ async def test_an_answer_that_has_begun_waits_for_a_worker(store: Store) -> None
     async with FakeCluster(store, failover_wait_s=60) as cluster:
         await cluster.add_prefill()
         only = await cluster.add_decode()
-        only.error_after_first_token = STOPPED
-        only.after_first_token.is_closed = True
-        answer = asyncio.create_task(cluster.generate())
-        await only.after_first_token.reached.wait()
-        only.after_first_token.released.set()
+        answer = asyncio.create_task(generate_until_it_stops(cluster, only))
+        await only.stopped.wait()
         late = await cluster.add_decode()
 
         assert token_ids(await answer) == list(ANSWER)

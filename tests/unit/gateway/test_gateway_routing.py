@@ -221,15 +221,33 @@ async def test_a_view_whose_workers_were_all_tried_is_read_again() -> None:
     assert (await router.pick_decode(MODEL, exclude=["a"])).worker_id == "b"
 
 
-async def test_an_old_view_is_not_used_when_the_store_is_away() -> None:
+async def test_the_last_view_stands_while_the_store_is_away() -> None:
     registry = ListRegistry(decode("d"))
     router = Router(registry, refresh_s=0)
     await router.workers()
 
     registry.error = UnavailableError("away", reason="STORE_UNAVAILABLE")
 
-    with pytest.raises(UnavailableError, match="away"):
-        await router.pick_decode(MODEL)
+    assert (await router.pick_decode(MODEL)).worker_id == "d"
+    with pytest.raises(UnavailableError) as caught:
+        await router.pick_prefill(MODEL)
+    assert caught.value.error_reason == "NO_PREFILL_WORKER"
+
+
+@pytest.mark.parametrize(("grace_s", "ids"), [(60.0, {"d", "e"}), (0.0, {"e"})])
+async def test_those_before_an_outage_have_time_to_announce_themselves(
+    grace_s: float, ids: set[str]
+) -> None:
+    registry = ListRegistry(decode("d"))
+    router = Router(registry, refresh_s=0, outage_grace_s=grace_s)
+    await router.workers()
+    registry.error = UnavailableError("away", reason="STORE_UNAVAILABLE")
+    await router.workers()
+
+    registry.error = None
+    registry.living = [decode("e")]
+
+    assert {worker.worker_id for worker in await router.workers()} == ids
 
 
 async def test_one_failed_reading_answers_all_who_wait_for_it() -> None:
