@@ -106,12 +106,21 @@ class Generation:
             raise RuntimeError("an answer can be iterated once; text and token_ids keep it")
         self._started = True
         try:
-            async with aclosing(self._responses()) as responses:
-                async for response in responses:
-                    event = event_from_wire(response)
-                    if event is not None:
-                        self._take(event)
-                        yield event
+            first, rest = await self._connection.attempt(
+                self._start, timeout_s=self._timeout_s, request_id=self.request_id
+            )
+            if first is not None and (event := event_from_wire(first)) is not None:
+                self._take(event)
+                yield event
+            async for response in rest:
+                event = event_from_wire(response)
+                if event is not None:
+                    self._take(event)
+                    yield event
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as caught:
+            raise self._connection.mapped(
+                caught, timeout_s=self._timeout_s, request_id=self.request_id
+            ) from caught
         finally:
             self._cancel()
         if self._finish is None:
@@ -150,21 +159,6 @@ class Generation:
     ) -> None:
         await self.aclose()
 
-    async def _responses(self) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        first, rest = await self._connection.attempt(
-            self._start, timeout_s=self._timeout_s, request_id=self.request_id
-        )
-        if first is None:
-            return
-        yield first
-        try:
-            async for response in rest:
-                yield response
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as caught:
-            raise self._connection.mapped(
-                caught, timeout_s=self._timeout_s, request_id=self.request_id
-            ) from caught
-
     async def _start(
         self, remaining_s: float
     ) -> tuple[inference_pb2.GenerateResponse | None, _Stream]:
@@ -180,14 +174,14 @@ class Generation:
         return await anext(stream, None), stream
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, PromptInfo):
-            self._prompt_info = event
-        elif isinstance(event, Finish):
-            self._finish = event
-        else:
+        if isinstance(event, TokenDelta):
             self._texts.append(event.text)
             self._token_ids.extend(event.token_ids)
             self._logprobs.extend(event.logprobs)
+        elif isinstance(event, PromptInfo):
+            self._prompt_info = event
+        else:
+            self._finish = event
 
     def _cancel(self) -> None:
         if self._call is not None:

@@ -104,16 +104,12 @@ def set_input(
 def event_from_wire(response: inference_pb2.GenerateResponse) -> Event | None:
     """Return the event, or ``None`` for a kind that a later version of the server added."""
     kind = response.WhichOneof("event")
-    if kind == "prompt_info":
-        return PromptInfo(**_same_names(PromptInfo, response.prompt_info))
     if kind == "delta":
         delta = response.delta
-        return TokenDelta(
-            delta.text,
-            tuple(delta.token_ids),
-            delta.first_token_index,
-            tuple(_token_logprob(logprob) for logprob in delta.logprobs),
-        )
+        logprobs = tuple(map(_token_logprob, delta.logprobs))
+        return TokenDelta(delta.text, tuple(delta.token_ids), delta.first_token_index, logprobs)
+    if kind == "prompt_info":
+        return PromptInfo(**_same_names(PromptInfo, response.prompt_info))
     if kind == "finish":
         reason = _choice(types_pb2.FinishReason, "FINISH_REASON", response.finish.reason)
         values = _same_names(Finish, response.finish)

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import torch
+import uvloop
 
 from chunkserve.v1 import session_pb2
 from services.decode.attention import kv_geometry
@@ -159,7 +160,7 @@ class ProbedWorker:
 
 
 def _run(settings: dict[str, Any], pipe: Connection) -> None:
-    asyncio.run(_serve(DecodeSettings(**settings), pipe))
+    uvloop.run(_serve(DecodeSettings(**settings), pipe))  # as Ray runs its replicas
 
 
 async def _serve(settings: DecodeSettings, pipe: Connection) -> None:

@@ -8,6 +8,8 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import uvloop
+
 from chunkserve_client import Client, Compression, Session
 from tests.benchmarks.documents import Documents
 from tests.benchmarks.figures import Figure, tell
@@ -35,7 +37,7 @@ def measure_streams(model: str, documents: Documents) -> list[Figure]:
         documents: Where prompts come from.
     """
     with ServiceStack(model) as stack, stack.worker(kv_bytes=2 << 30) as worker:
-        return asyncio.run(_measure(stack, worker, documents))
+        return uvloop.run(_measure(stack, worker, documents))
 
 
 async def _measure(stack: ServiceStack, worker: ProbedWorker, documents: Documents) -> list[Figure]:
