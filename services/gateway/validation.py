@@ -214,6 +214,7 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     check("reuse_interval", lambda value: value >= 1, "1 or more")
     check("max_kv_tokens", lambda value: value >= 1, "1 or more")
     _check_enum(policy.scorer, types_pb2.Scorer, "compression.scorer")
+    _check_enum(policy.prefix_scorer, types_pb2.Scorer, "compression.prefix_scorer")
     _check_enum(policy.unit, types_pb2.Unit, "compression.unit")
     _check_enum(policy.scope, types_pb2.Scope, "compression.scope")
     _check_enum(policy.precision, types_pb2.Precision, "compression.precision")

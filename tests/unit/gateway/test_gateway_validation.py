@@ -37,6 +37,8 @@ POLICY_FIELDS: Fields = [
     ("sink_tokens", [0, 4], [-1]),
     ("reuse_interval", [1, 4], [0, -1]),
     ("scorer", [0, 1, 2, 3], [4, 99, -1]),
+    ("prefix_scorer", [0, 1, 2, 3], [4, -1]),
+    ("precision", [0, 1, 2, 3, 4], [5, -1]),
     ("unit", [0, 1, 2], [3, -1]),
     ("scope", [0, 1, 2, 3, 4], [5, -1]),
 ]
