@@ -40,6 +40,9 @@ def main() -> int:
     parser.add_argument(
         "--kept", type=int, default=820, help="max_kept_tokens of turns (%(default)s)"
     )
+    parser.add_argument(
+        "--precision", default="native", help="of pressure's sessions at first (%(default)s)"
+    )
     parser.add_argument("--model", help="folder or hub id; the demo model if not given")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args()
@@ -59,7 +62,11 @@ def main() -> int:
             model, documents, num_tokens=num_tokens or 4000, num_sessions=num_sessions or 20
         ),
         "pressure": lambda: measure_pressure(
-            model, documents, num_tokens=num_tokens or 1000, num_sessions=num_sessions or 100
+            model,
+            documents,
+            num_tokens=num_tokens or 1000,
+            num_sessions=num_sessions or 100,
+            precision=options.precision,
         ),
     }
     return run_parts(model, parts, only=options.part, json_file=options.json)

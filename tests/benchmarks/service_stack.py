@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,21 +41,13 @@ class ServiceStack:
     Args:
         model: Folder of the model.
         store_bytes: Memory of the store.
-        compression: Settings of a compression worker (``CompressionSettings``), by name. ``None``:
-            there is none.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        store_bytes: int = 2 << 30,
-        compression: Mapping[str, object] | None = None,
-    ) -> None:
+    def __init__(self, model: str, *, store_bytes: int = 2 << 30) -> None:
         self.model = model
-        self._compression = compression
         self._store = EmbeddedValkey(EmbeddedOptions(maxmemory_bytes=store_bytes))
         self._port = _free_port()
+        self._logs = Path()
         self._children: list[Child] = []
         self._workers: list[ProbedWorker] = []
         self._metrics_ports: dict[str, int] = {}
@@ -63,13 +55,11 @@ class ServiceStack:
 
     def __enter__(self) -> Self:
         with ExitStack() as scope:
-            logs = Path(scope.enter_context(tempfile.TemporaryDirectory(prefix="cs-bench-")))
+            self._logs = Path(scope.enter_context(tempfile.TemporaryDirectory(prefix="cs-bench-")))
             scope.enter_context(self._store)
             scope.callback(lambda: stop_children(self._children, grace_s=STOP_GRACE_S))
-            self._start("prefill", logs)
-            if self._compression is not None:
-                self._start("compress", logs, **self._compression)
-            self._start("gateway", logs, listen=f"127.0.0.1:{self._port}")
+            self.start("prefill")
+            self.start("gateway", listen=f"127.0.0.1:{self._port}")
             self._scope = scope.pop_all()
         return self
 
@@ -101,6 +91,27 @@ class ServiceStack:
             finally:
                 self._workers.remove(worker)
 
+    def start(self, name: str, **settings: object) -> None:
+        """Start a process that lives as long as the stack.
+
+        Args:
+            name: ``compress``, for one; ``prefill`` and ``gateway`` are there.
+            settings: Of the process, by their names.
+        """
+        self._metrics_ports[name] = _free_port()
+        settings = {
+            "redis_url": self._store.url,
+            "model": self.model,
+            "dtype": "float32",
+            "listen": "127.0.0.1:0",
+            "log_level": "warning",
+            "metrics_listen": f"127.0.0.1:{self._metrics_ports[name]}",
+        } | settings
+        own = {f"CHUNKSERVE_{key.upper()}": str(value) for key, value in settings.items()}
+        command = [sys.executable, "-m", f"services.{name}"]
+        log = self._logs / f"{name}.log"
+        self._children.append(start_child(name, command, env={**os.environ, **own}, log=log))
+
     @property
     def store_url(self) -> str:
         """Where the store is."""
@@ -114,7 +125,7 @@ class ServiceStack:
         """Return a metric of a process, as soon as it tells any.
 
         Args:
-            process: ``prefill``, ``compress`` or ``gateway``.
+            process: Name of a process that was started.
             name: Of the sample, ``_total`` included.
             labels: Only samples with these count.
 
@@ -161,21 +172,6 @@ class ServiceStack:
                 raise RuntimeError(f"{child.name} has ended:\n{child.last_words()}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"no answer after {START_TIMEOUT_S} s")
-
-    def _start(self, name: str, logs: Path, **settings: object) -> None:
-        self._metrics_ports[name] = _free_port()
-        settings = {
-            "redis_url": self._store.url,
-            "model": self.model,
-            "dtype": "float32",
-            "listen": "127.0.0.1:0",
-            "log_level": "warning",
-            "metrics_listen": f"127.0.0.1:{self._metrics_ports[name]}",
-        } | settings
-        own = {f"CHUNKSERVE_{key.upper()}": str(value) for key, value in settings.items()}
-        env = {**os.environ, **own}
-        command = [sys.executable, "-m", f"services.{name}"]
-        self._children.append(start_child(name, command, env=env, log=logs / f"{name}.log"))
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -25,7 +26,7 @@ from tests.benchmarks.probed_worker import ProbedWorker
 from tests.benchmarks.service_stack import Heard, ServiceStack, listen
 
 SEED = 11
-KEEP_RATIO = 0.3
+KEEP_RATIO = 0.3  # the original budget
 LEAST_OF_LONGEST = 0.3  # documents have at least so much of the longest one's tokens
 FITTING = 0.3  # of the sessions, at their original budget
 NUM_SAMPLED = 10
@@ -56,10 +57,12 @@ class Plan:
     Attributes:
         document: Its first turn.
         question: Its second.
+        budget: What its turns may keep.
     """
 
     document: list[int]
     question: list[int]
+    budget: Compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,15 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How much memory sessions need.
+    """Memory for sessions.
 
     Attributes:
-        empty_bytes: Of a store without sessions.
-        bytes_per_token: Of a session at its original budget, by its document's tokens.
+        bytes: All of it.
+        high_bytes: Past it, sessions are made smaller.
     """
 
-    empty_bytes: int
-    bytes_per_token: float
+    bytes: int
+    high_bytes: int
 
 
 @dataclass(slots=True)
@@ -124,7 +127,7 @@ class Pressed:
 
 
 def measure_pressure(
-    model: str, documents: Documents, *, num_tokens: int, num_sessions: int
+    model: str, documents: Documents, *, num_tokens: int, num_sessions: int, precision: str
 ) -> list[Figure]:
     """Return the figures of this part.
 
@@ -133,61 +136,78 @@ def measure_pressure(
         documents: Where prompts come from.
         num_tokens: Tokens of the longest document.
         num_sessions: Sessions; there is room for three tenths of them.
+        precision: Of their documents' KV before memory is short.
     """
     rng = random.Random(SEED)
     least = int(LEAST_OF_LONGEST * num_tokens)
+    budget = Compression(keep_ratio=KEEP_RATIO, precision=precision)
     plans = [
-        Plan(documents.next(rng.randint(least, num_tokens)), documents.question())
+        Plan(documents.next(rng.randint(least, num_tokens)), documents.question(), budget)
         for _ in range(num_sessions)
     ]
     sampled = range(0, num_sessions, max(1, num_sessions // NUM_SAMPLED))[:NUM_SAMPLED]
-    with ServiceStack(model) as stack, stack.worker(kv_bytes=1 << 30):
-        room, controls = asyncio.run(_with_room(stack, [plans[index] for index in sampled]))
-
-    needed = room.bytes_per_token * sum(len(plan.document) for plan in plans)
-    store_bytes = round(FITTING * needed)
-    spare = max(SPARE * store_bytes, SPARE_SESSIONS * room.bytes_per_token * num_tokens)
-    high = round(store_bytes - spare)
-    if high <= 0:
-        raise SystemExit(f"{num_sessions} sessions are too few; 10 or more can be pressed")
-    with (
-        ServiceStack(
-            model,
-            store_bytes=room.empty_bytes + store_bytes,
-            compression={
-                "pressure_high_bytes": high,
-                "pressure_low_bytes": round(LOW_MARK * high),
-                "pressure_interval_s": LOOK_EVERY_S,
-            },
-        ) as stack,
-        stack.worker(kv_bytes=1 << 30) as worker,
-    ):
-        evicted = stack.metric("compress", "chunkserve_evicted_sessions_total")
+    with ServiceStack(model) as stack, stack.worker(kv_bytes=1 << 30) as worker:
+        bytes_per_token, controls = asyncio.run(_with_room(stack, [plans[i] for i in sampled]))
+        needed = bytes_per_token * sum(len(plan.document) for plan in plans)
+        room = _room(needed, largest=bytes_per_token * num_tokens)
+        _take_room(stack, room)
+        worker.forget()
         pressed = asyncio.run(_pressed(stack, worker, plans))
-        evicted = stack.metric("compress", "chunkserve_evicted_sessions_total") - evicted
+        evicted = stack.metric("compress", "chunkserve_evicted_sessions_total")
     of_sample = list(zip([pressed.sessions[index] for index in sampled], controls, strict=True))
     return [
         Figure("sessions", num_sessions),
         Figure("bytes of all at their original budget", round(needed), "B"),
-        Figure("bytes that the store has room for", store_bytes, "B"),
-        Figure("  of it, pressure begins at", high, "B"),
+        Figure("bytes that the store has room for", room.bytes, "B"),
+        Figure("  of it, pressure begins at", room.high_bytes, "B"),
         *_survival_figures(pressed, evicted),
         *_loss_figures(pressed.sessions),
         *_agreement_figures(of_sample),
     ]
 
 
+def _room(needed: float, *, largest: float) -> Room:
+    """Return the room for a part of the sessions.
+
+    Args:
+        needed: Bytes of all of them.
+        largest: Bytes of one, at most.
+    """
+    size = FITTING * needed
+    high = size - max(SPARE * size, SPARE_SESSIONS * largest)
+    if high <= 0:
+        raise SystemExit("so few sessions leave no room to press them in; take 10 or more")
+    return Room(round(size), round(high))
+
+
+def _take_room(stack: ServiceStack, room: Room) -> None:
+    """Leave the store so much room, and have somebody who sees to it."""
+    with redis.Redis.from_url(stack.store_url) as client:
+        client.config_set("maxmemory", _used_bytes(stack) + room.bytes)
+    stack.start(
+        "compress",
+        pressure_high_bytes=room.high_bytes,
+        pressure_low_bytes=round(LOW_MARK * room.high_bytes),
+        pressure_interval_s=LOOK_EVERY_S,
+    )
+    stack.metric("compress", "chunkserve_stored_bytes")  # it is there
+
+
 # With room for everything.
 
 
-async def _with_room(stack: ServiceStack, plans: Sequence[Plan]) -> tuple[Room, list[Control]]:
-    """Return what sessions need, and what they answer when they have it."""
+async def _with_room(stack: ServiceStack, plans: Sequence[Plan]) -> tuple[float, list[Control]]:
+    """Return what sessions answer when they have what they need, and leave nothing behind.
+
+    Returns:
+        Bytes in the store for each token of a document, and the answers.
+    """
     async with stack.client() as client:
         empty_bytes = _used_bytes(stack)
         sessions, firsts = [], []
         for number, plan in enumerate(plans):
             tell(f"with room: session {number + 1} of {len(plans)}")
-            sessions.append(await client.create_session(compression=_budget()))
+            sessions.append(await client.create_session(compression=plan.budget))
             firsts.append(await _ask(sessions[-1], plan.document, FIRST_TOKENS))
         used = _used_bytes(stack) - empty_bytes
         controls = []
@@ -202,12 +222,10 @@ async def _with_room(stack: ServiceStack, plans: Sequence[Plan]) -> tuple[Room, 
                 Compression(keep_ratio=1.0),
             )
             controls.append(Control(first, follow_up.token_ids, uncompressed.token_ids))
+        for session in sessions:
+            await session.delete()
     tell("\n")
-    return Room(empty_bytes, used / sum(len(plan.document) for plan in plans)), controls
-
-
-def _budget() -> Compression:
-    return Compression(keep_ratio=KEEP_RATIO)
+    return used / sum(len(plan.document) for plan in plans), controls
 
 
 async def _ask(
@@ -228,6 +246,8 @@ async def _ask(
 
 def _used_bytes(stack: ServiceStack) -> int:
     with redis.Redis.from_url(stack.store_url) as client:
+        while client.info("memory")["lazyfree_pending_objects"]:
+            time.sleep(0.01)
         return int(client.info("memory")["used_memory"])
 
 
@@ -257,7 +277,7 @@ async def _created(client: Client, plan: Plan, refusals: Refusals) -> tuple[Sess
         refusals.first_turns += 1
 
     session = await _when_there_is_room(
-        lambda: client.create_session(compression=_budget()), refused
+        lambda: client.create_session(compression=plan.budget), refused
     )
     first = await _when_there_is_room(lambda: _ask(session, plan.document, FIRST_TOKENS), refused)
     return session, first
