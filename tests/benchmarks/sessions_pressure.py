@@ -37,7 +37,7 @@ ANSWER_TOKENS = 32
 # Room above the pressure's high mark: for sessions that come, and smaller segments that are made
 # while the old ones stand.
 SPARE = 0.2
-SPARE_SESSIONS = 2.0
+SPARE_SESSIONS = 1.5
 LOW_MARK = 0.9  # of the high one
 LOOK_EVERY_S = 0.5
 
@@ -106,14 +106,14 @@ class FollowedUp:
     """A session that was asked again.
 
     Attributes:
-        info: As it was just before.
         first: Answer of its first turn.
-        heard: The second one; ``None`` if there was none.
+        info: As it was just before the second; ``None`` if it was gone.
+        heard: The second answer; ``None`` if there was none.
         failure: Why there was none.
     """
 
-    info: SessionInfo
     first: list[int]
+    info: SessionInfo | None = None
     heard: Heard | None = None
     failure: str = ""
 
@@ -176,7 +176,7 @@ def _room(needed: float, *, largest: float) -> Room:
     size = FITTING * needed
     high = size - max(SPARE * size, SPARE_SESSIONS * largest)
     if high <= 0:
-        raise SystemExit("so few sessions leave no room to press them in; take 10 or more")
+        raise SystemExit("so few sessions leave no room to press them in; take 20 or more")
     return Room(round(size), round(high))
 
 
@@ -289,15 +289,15 @@ async def _followed_up(
     def refused() -> None:
         refusals.follow_ups += 1
 
-    info = session.info
+    info = None
     try:
         info = await session.refresh()
         heard = await _when_there_is_room(
             lambda: _ask(session, plan.question, ANSWER_TOKENS), refused
         )
     except ChunkServeError as error:
-        return FollowedUp(info, first, failure=error.reason or str(error))
-    return FollowedUp(info, first, heard)
+        return FollowedUp(first, info, failure=error.reason or str(error))
+    return FollowedUp(first, info, heard)
 
 
 async def _when_there_is_room(
@@ -346,7 +346,8 @@ def _loss_figures(sessions: Sequence[FollowedUp]) -> list[Figure]:
     """Return what sessions had given up when they were asked again, by kind of loss."""
     by_loss: dict[str, list[SessionInfo]] = {}
     for session in sessions:
-        by_loss.setdefault(_loss(session.info), []).append(session.info)
+        if session.info is not None:
+            by_loss.setdefault(_loss(session.info), []).append(session.info)
     figures = []
     for loss in sorted(by_loss, key=_mildest_first):
         infos = by_loss[loss]
