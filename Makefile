@@ -30,7 +30,7 @@ check: install  ## Format, lint, types, import contracts, wire contract, generat
 
 bench: install  ## Run the benchmarks; tables on the screen, JSON in bench-results/.
 	mkdir -p bench-results
-	for name in store compression needle linear decode bounded decode_service; do \
+	for name in store compression needle linear decode bounded decode_service sessions; do \
 		$(BIN)/python -m tests.benchmarks.bench_$$name --json bench-results/$$name.json || exit 1; \
 	done
 

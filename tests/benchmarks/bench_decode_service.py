@@ -10,19 +10,15 @@ streams, more sessions than fit, mixed lengths. SmolLM2 in float32. Exit code 1 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from services.local.model import ensure_demo_model
 from tests.benchmarks.documents import Documents
-from tests.benchmarks.figures import Figure, print_figures
+from tests.benchmarks.figures import Figure, run_parts
 from tests.benchmarks.service_load import measure_load
 from tests.benchmarks.service_streams import measure_streams
 from tests.benchmarks.service_throughput import measure_throughput
@@ -46,15 +42,7 @@ def main() -> int:
         "load": lambda: measure_load(model, documents),
         "throughput": lambda: measure_throughput(model, documents, options.prompt_tokens),
     }
-    print(f"{os.path.basename(model)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    results: dict[str, list[Figure]] = {}
-    for name in [options.part] if options.part else parts:
-        results[name] = parts[name]()
-        print_figures(name, results[name])
-    if options.json:
-        written = {name: [asdict(f) for f in figures] for name, figures in results.items()}
-        options.json.write_text(json.dumps(written, indent=2))
-    return 0 if all(f.is_met for figures in results.values() for f in figures) else 1
+    return run_parts(model, parts, only=options.part, json_file=options.json)
 
 
 if __name__ == "__main__":

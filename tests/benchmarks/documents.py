@@ -27,6 +27,11 @@ class Documents:
         )
         return self.ids(f"Document {self._num_made}. {prose.text}")[:num_tokens]
 
+    def text(self, num_tokens: int) -> str:
+        """Return such a document of about ``num_tokens`` tokens as text."""
+        text: str = self._tokenizer.decode(self.next(num_tokens))
+        return text
+
     def question(self) -> list[int]:
         """Return a short turn behind a document."""
         return self.ids("\n\nIn short, the text above says that")

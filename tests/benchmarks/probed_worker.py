@@ -90,9 +90,13 @@ class ProbedWorker:
 
     Args:
         settings: Of the worker (:class:`DecodeSettings`).
+
+    Attributes:
+        worker_id: Its id, once it runs.
     """
 
     def __init__(self, **settings: Any) -> None:
+        self.worker_id = ""
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(
@@ -104,7 +108,7 @@ class ProbedWorker:
         if not self._pipe.poll(START_TIMEOUT_S):
             self._process.kill()
             raise RuntimeError(f"the worker is not ready after {START_TIMEOUT_S} s")
-        self._pipe.recv()
+        self.worker_id = self._pipe.recv()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -167,13 +171,14 @@ async def _serve(settings: DecodeSettings, pipe: Connection) -> None:
     configure_logging(settings.log_level)
     loaded = await asyncio.to_thread(load, settings)
     store = open_store(settings.redis_url)
-    worker = DecodeWorker(loaded, store, settings, worker_id=f"decode-{uuid.uuid4().hex[:8]}")
+    worker_id = f"decode-{uuid.uuid4().hex[:8]}"
+    worker = DecodeWorker(loaded, store, settings, worker_id=worker_id)
     probe = _Probe(worker, kv_geometry(loaded.model))
     stopped = asyncio.Event()
     await worker.start()
     loop = asyncio.get_running_loop()
     loop.add_reader(pipe.fileno(), functools.partial(_answer, probe, pipe, stopped))
-    pipe.send("ready")
+    pipe.send(worker_id)
     await stopped.wait()
     loop.remove_reader(pipe.fileno())
     await worker.stop(grace_s=0)
