@@ -130,6 +130,8 @@ class PressurePolicy:
         self._total = total
         self._tenant = tenant
         self._lease_ttl_s = lease_ttl_s
+        self._has_busy = False
+        self._has_waited = False
         self._steps: Sequence[Target] = (
             Target(precision="int8"),
             Target(precision="int4"),
@@ -181,6 +183,7 @@ class PressurePolicy:
         coldest_first = sorted(sessions, key=lambda session: session.updated_ns)
         if not marks.high_bytes or used.total <= marks.high_bytes:
             return coldest_first
+        self._has_busy = False
         before = used.total
         left = {(session.tenant, session.session_id): session for session in coldest_first}
         async with aclosing(self._actions(left)) as actions:
@@ -194,6 +197,8 @@ class PressurePolicy:
                     left[key] = new
                 if used.total <= marks.low_bytes:
                     break
+        if used.total <= marks.low_bytes:
+            self._has_waited = False
         _log.info(
             "pressure.relieved",
             before_bytes=before,
@@ -205,8 +210,15 @@ class PressurePolicy:
     async def _actions(
         self, left: dict[tuple[str, str], StoredSession]
     ) -> AsyncGenerator[tuple[StoredSession, StoredSession | None]]:
-        """Do one thing after another, the mildest first; yield whose session became what."""
+        """Do one thing after another, the mildest first; yield whose session became what.
+
+        Before the first that costs tokens, sessions that were in use get a second chance at what
+        costs none: their latest answers may be what is too much.
+        """
         for step in self._steps:
+            if step.shrink is not None and self._has_busy and not self._has_waited:
+                self._has_waited = True
+                return
             has_more = True
             while has_more:
                 has_more = False
@@ -228,6 +240,7 @@ class PressurePolicy:
         except (UnavailableError, OverloadedError):
             raise
         except ServiceError as error:  # in use, expired or damaged: others have to give
+            self._has_busy = self._has_busy or isinstance(error, ConflictError)
             _skipped(session, error)
             return None
         if done.after == done.before:

@@ -171,6 +171,22 @@ async def test_a_session_in_use_is_not_evicted(store: Store):
     assert await exists(store, "s-busy")
 
 
+async def test_nothing_is_dropped_before_sessions_in_use_had_a_second_chance(store: Store):
+    await store_session(store, "s-busy", seed=1, updated_s=1000)
+    free = await store_session(store, "s-free", seed=2, updated_s=1001)
+    await store.acquire_lease("default", "s-busy", ttl_s=60)
+    pressed = policy(store, 1, 1)
+
+    await pressed.relieve()
+    once = (await read_session(store, "s-free")).segments[0]
+    await pressed.relieve()
+
+    assert once.num_kept_tokens == free.segments[0].num_kept_tokens
+    assert once.size_bytes < free.segments[0].size_bytes
+    assert not await exists(store, "s-free")  # one byte is room for nobody
+    assert await exists(store, "s-busy")
+
+
 async def test_each_tenant_has_marks_of_its_own(store: Store):
     for tenant, count in (("large", 3), ("small", 1)):
         for number in range(count):
