@@ -61,17 +61,19 @@ class DecodeProcess:
             await self._answered("ready")
             self._is_ready = True
 
-    async def hold_at(self, place: int | None) -> None:
-        """Hold it at a place of answers that begin with it; ``None``: nowhere, and go on.
-
-        An answer that another worker began is never held.
+    async def hold_at(self, place: int, *, seed: int) -> None:
+        """Hold all of it at a place of an answer, unless another worker began the answer.
 
         Args:
             place: So many tokens are chosen, not one more; or :data:`BEFORE_COMMIT` or
-                :data:`AFTER_COMMIT`.
+                :data:`AFTER_COMMIT` of any session's turn.
+            seed: Of the answer.
         """
-        self._commands.send(place)
-        await self._answered("told")
+        await self._tell((place, seed))
+
+    async def go_on(self) -> None:
+        """Hold it nowhere any more."""
+        await self._tell(None)
 
     async def held(self) -> None:
         """Wait until it has come to the place."""
@@ -84,6 +86,10 @@ class DecodeProcess:
         self._process.join()
         self._commands.close()
         self._held.close()
+
+    async def _tell(self, hold: tuple[int, int] | None) -> None:
+        self._commands.send(hold)
+        await self._answered("told")
 
     async def _answered(self, word: str) -> None:
         assert await asyncio.to_thread(self._commands.poll, START_TIMEOUT_S), f"never {word}"
@@ -122,11 +128,11 @@ class _Hold:
 
     def __init__(self, held: Connection) -> None:
         self._held = held
-        self._place: int | None = None
+        self._where: tuple[int, int] | None = None
         self._go_on = threading.Event()
 
-    def set(self, place: int | None) -> None:
-        self._place = place
+    def set(self, where: tuple[int, int] | None) -> None:
+        self._where = where
         self._go_on.set()
         self._go_on = threading.Event()
 
@@ -134,8 +140,11 @@ class _Hold:
         accept = DecodeSequence.accept
 
         def held(sequence: DecodeSequence, logits: torch.Tensor) -> Any:
-            if not sequence._num_resumed and not sequence._pending:
-                self._at(len(sequence.token_ids))
+            here = (len(sequence.token_ids), sequence._sampling.seed)
+            go_on = self._go_on
+            if here == self._where and not sequence._num_resumed and not sequence._pending:
+                self._held.send("held")
+                go_on.wait()
             return accept(sequence, logits)
 
         DecodeSequence.accept = held  # type: ignore[method-assign]
@@ -144,14 +153,14 @@ class _Hold:
         commit = store.commit_manifest
 
         async def held(*arguments: Any, **options: Any) -> None:
-            await asyncio.to_thread(self._at, BEFORE_COMMIT)
+            await self._at(BEFORE_COMMIT)
             await commit(*arguments, **options)
-            await asyncio.to_thread(self._at, AFTER_COMMIT)
+            await self._at(AFTER_COMMIT)
 
         store.commit_manifest = held  # type: ignore[method-assign]
 
-    def _at(self, place: int) -> None:
+    async def _at(self, place: int) -> None:
         go_on = self._go_on
-        if place == self._place:
+        if self._where is not None and place == self._where[0]:
             self._held.send("held")
-            go_on.wait()
+            await asyncio.to_thread(go_on.wait)

@@ -164,6 +164,15 @@ class ProcessStack:
         """Kill a decode worker with SIGKILL, and wait until it is gone."""
         self.decode.pop(worker_id).kill()
 
+    async def kill_prefill(self, worker_id: str) -> None:
+        """Kill a prefill worker with SIGKILL, and wait until it is gone."""
+        for worker in self.prefill:
+            if await worker.worker_id() == worker_id:
+                worker.kill()
+                self.prefill.remove(worker)
+                return
+        raise AssertionError(f"no prefill worker {worker_id}")
+
     def shut_down_store(self) -> None:
         """Let the store save and end, as an operator does."""
         with redis.Redis.from_url(self.store.url) as admin:

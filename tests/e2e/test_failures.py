@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import redis
 from tiny_model import byte_tokenizer, tiny_llama
 
 from chunkserve.v1 import manifest_pb2
@@ -25,12 +24,18 @@ from chunkserve_client import (
     Compression,
     Generation,
     Result,
-    TokenDelta,
+    Session,
     Unavailable,
 )
 from services.store import Store, open_store
 from tests.e2e.decode_process import AFTER_COMMIT, BEFORE_COMMIT
-from tests.e2e.process_stack import ProcessStack, eventually, eventually_async
+from tests.e2e.process_stack import (
+    HEARTBEAT_TTL_S,
+    PrefillProcess,
+    ProcessStack,
+    eventually,
+    eventually_async,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +90,11 @@ class Question:
 
     token_ids: tuple[int, ...]
     options: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        seed: int = self.options["seed"]
+        return seed
 
 
 def question(rng: random.Random, num_tokens: int, **options: Any) -> Question:
@@ -142,6 +152,14 @@ async def undisturbed(
     return answers, manifest
 
 
+async def session_after(client: Client, questions: Sequence[Question]) -> Session:
+    """Return a session in which the questions were answered."""
+    session = await client.create_session(compression=POLICY)
+    for asked in questions:
+        await ask(client, asked, session.session_id).result()
+    return session
+
+
 async def heard(answer: Generation, num_tokens: int) -> AsyncIterator[None]:
     """Iterate over the answer; yield once, when it has that many tokens."""
     has_yielded = False
@@ -152,34 +170,73 @@ async def heard(answer: Generation, num_tokens: int) -> AsyncIterator[None]:
                 yield
 
 
+# A decode worker dies.
+
+
 @pytest.mark.parametrize("part", range(4))
-async def test_a_decode_worker_killed_at_random_moments_changes_no_answer(
+async def test_a_decode_worker_killed_at_a_random_moment_changes_no_answer(
     stack: ProcessStack, client: Client, store: Store, part: int
 ) -> None:
     rng = random.Random(part)
     for _ in range(NUM_KILLS // 4):
-        questions = [question(rng, 40), question(rng, 30)]
-        expected, manifest = await undisturbed(client, store, questions)
-        session = await client.create_session(compression=POLICY)
-        await ask(client, questions[0], session.session_id).result()
+        first, watched, follow_up = (question(rng, n) for n in (40, 30, 20))
+        beside = [question(rng, 20) for _ in range(3)]
+        expected, manifest = await undisturbed(client, store, [first, watched, follow_up])
+        expected_beside = [said(await ask(client, q).result()) for q in beside]
+        session = await session_after(client, [first])
         place = rng.choice([*range(1, NUM_TOKENS), BEFORE_COMMIT, AFTER_COMMIT])
 
-        result = await killed_at(stack, ask(client, questions[1], session.session_id), place, rng)
+        answers = [asyncio.create_task(ask(client, q).result()) for q in beside]
+        answer = ask(client, watched, session.session_id)
+        result = await killed_at(stack, answer, watched.seed, place, rng)
+        last = await ask(client, follow_up, session.session_id).result()
 
-        assert said(result) == expected[1]
+        assert [said(result), said(last)] == expected[1:]
         assert await stored(store, session.session_id) == manifest
+        assert [said(await answer) for answer in answers] == expected_beside
         await session.delete()
 
 
+async def test_decode_workers_killed_one_after_another_change_no_answer_of_one_request(
+    stack: ProcessStack, client: Client
+) -> None:
+    rng = random.Random(40)
+    for temperature in (0.0, 0.8):
+        asked = question(rng, 60, temperature=temperature)
+        expected = said(await ask(client, asked).result())
+
+        place = rng.randrange(1, NUM_TOKENS)
+        result = await killed_at(stack, ask(client, asked), asked.seed, place, rng)
+
+        assert said(result) == expected
+
+
+async def test_an_answer_whose_only_worker_died_waits_for_a_new_one(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(41)
+    questions = [question(rng, 40), question(rng, 30)]
+    expected, manifest = await undisturbed(client, store, questions)
+    session = await session_after(client, questions[:1])
+    stack.kill_decode(next(iter(stack.decode)))
+
+    answer = ask(client, questions[1], session.session_id)
+    result = await killed_at(stack, answer, questions[1].seed, 10, rng)
+    stack.add_decode()
+
+    assert said(result) == expected[1]
+    assert await stored(store, session.session_id) == manifest
+
+
 async def killed_at(
-    stack: ProcessStack, answer: Generation, place: int, rng: random.Random
+    stack: ProcessStack, answer: Generation, seed: int, place: int, rng: random.Random
 ) -> Result:
     """Return the answer, whose worker is killed at ``place`` or shortly before."""
     print(f"killed at {place}")
     for worker in stack.decode.values():
-        await worker.hold_at(place)
-    num_heard = min(place, NUM_TOKENS) - rng.randrange(3)
-    async with aclosing(heard(answer, max(num_heard, 1))) as moments:
+        await worker.hold_at(place, seed=seed)
+    num_heard = max(min(place, NUM_TOKENS) - rng.randrange(3), 1)
+    async with aclosing(heard(answer, num_heard)) as moments:
         await anext(moments)
         assert answer.prompt_info is not None
         worker_id = answer.prompt_info.decode_worker
@@ -189,7 +246,224 @@ async def killed_at(
         stack.add_decode()
         for worker in stack.decode.values():
             await worker.ready()
-            await worker.hold_at(None)
+            await worker.go_on()
         async for _ in moments:
             raise AssertionError("it yields once")
     return await answer.result()
+
+
+# A prefill worker dies.
+
+
+async def test_prefill_workers_killed_during_turns_change_no_answer(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(42)
+    conversations = [[question(rng, 300), question(rng, 300)] for _ in range(4)]
+    beside = [question(rng, 300) for _ in range(2)]
+    expected = [await undisturbed(client, store, questions) for questions in conversations]
+    expected_beside = [said(await ask(client, q).result()) for q in beside]
+
+    for num_turns in (0, 1):
+        sessions = [await session_after(client, c[:num_turns]) for c in conversations]
+        await stack.ready()
+        turns = [
+            asyncio.create_task(ask(client, questions[num_turns], session.session_id).result())
+            for questions, session in zip(conversations, sessions, strict=True)
+        ]
+        answers = [asyncio.create_task(ask(client, q).result()) for q in beside]
+        busy = await eventually_async(lambda: busy_prefill_worker(store))
+        await stack.kill_prefill(busy)
+        stack.add_prefill()
+
+        results = [await turn for turn in turns]
+        assert [said(r) for r in results] == [each[0][num_turns] for each in expected]
+        assert [said(await answer) for answer in answers] == expected_beside
+        for session in sessions:
+            await session.delete()
+
+
+async def test_the_death_of_the_worker_that_computes_a_shared_prompt_ends_nobodys_turn(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(43)
+    first = question(rng, 1200)
+    questions = [first, replace(first, options=first.options | {"seed": 1, "temperature": 0.8})]
+    expected = [await undisturbed(client, store, [asked]) for asked in questions]
+    sessions = [await session_after(client, []) for _ in questions]
+
+    turns = [
+        asyncio.create_task(ask(client, asked, session.session_id).result())
+        for asked, session in zip(questions, sessions, strict=True)
+    ]
+    waiting = await eventually_async(lambda: waiting_prefill_worker(stack))
+    [computing] = [worker for worker in stack.prefill if worker is not waiting]
+    computing.kill()
+    stack.prefill.remove(computing)
+    stack.add_prefill()
+
+    for turn, session, (answers, manifest) in zip(turns, sessions, expected, strict=True):
+        assert said(await turn) == answers[0]
+        assert await stored(store, session.session_id) == manifest
+        await session.delete()
+
+
+async def busy_prefill_worker(store: Store) -> str | None:
+    """Return the id of a prefill worker that has something to do."""
+    for worker in await store.workers():
+        if worker.role == "prefill" and worker.num_active:
+            return worker.worker_id
+    return None
+
+
+async def waiting_prefill_worker(stack: ProcessStack) -> PrefillProcess | None:
+    """Return the prefill worker that waits for what another one computes."""
+    for worker in stack.prefill:
+        if await worker.metric("chunkserve_prefill_single_flight_waits_total", where="cluster"):
+            return worker
+    return None
+
+
+# The gateway dies.
+
+
+async def test_a_killed_gateway_leaves_its_session_as_it_was_and_the_turn_can_be_repeated(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(44)
+    questions = [question(rng, 40), question(rng, 30), question(rng, 20)]
+    expected, manifest = await undisturbed(client, store, questions)
+    session = await session_after(client, questions[:1])
+    before = await stored(store, session.session_id)
+    for worker in stack.decode.values():
+        await worker.hold_at(10, seed=questions[1].seed)
+
+    answer = ask(client, questions[1], session.session_id)
+    async with aclosing(heard(answer, 10)) as moments:
+        await anext(moments)
+        stack.kill_gateway()
+        with pytest.raises(Unavailable):
+            await anext(moments)
+    stack.start_gateway()
+    await stack.ready()
+
+    assert await stored(store, session.session_id) == before
+    for worker in stack.decode.values():
+        await worker.go_on()
+    again, last = [
+        await ask(client, asked, session.session_id, wait_if_busy=True, **named).result()
+        for asked, named in ((questions[1], {"request_id": answer.request_id}), (questions[2], {}))
+    ]
+    assert [said(again), said(last)] == expected[1:]
+    assert await stored(store, session.session_id) == manifest
+
+
+# The store goes away and comes back, with all that it had confirmed.
+
+
+async def test_sessions_lose_no_turn_when_the_store_is_shut_down_under_load(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(45)
+    questions = [[question(rng, rng.choice([8, 40])) for _ in range(60)] for _ in range(4)]
+    sessions = [await session_after(client, []) for _ in questions]
+    talks = [
+        Talk(session, asked, client) for session, asked in zip(sessions, questions, strict=True)
+    ]
+    async with asyncio.TaskGroup() as tasks:
+        for talk in talks:
+            tasks.create_task(talk.run())
+        await eventually(lambda: all(len(talk.answers) >= 2 for talk in talks))
+        stack.shut_down_store()
+        await eventually(lambda: all(talk.errors for talk in talks))
+        # By then the registry has forgotten all workers.
+        await asyncio.sleep(2 * HEARTBEAT_TTL_S)
+        stack.store.start()
+        back = [len(talk.answers) for talk in talks]
+        await eventually(lambda: all(len(t.answers) > n for t, n in zip(talks, back, strict=True)))
+        num_errors = [len(talk.errors) for talk in talks]
+        await eventually(
+            lambda: all(len(t.answers) > n + 3 for t, n in zip(talks, back, strict=True))
+        )
+        for talk in talks:
+            talk.is_over = True
+
+    assert [len(talk.errors) for talk in talks] == num_errors
+    for error in (error for talk in talks for error in talk.errors):
+        assert (type(error), error.reason) == (Unavailable, "STORE_UNAVAILABLE")
+        assert error.retry_after_s
+    listed = {session.session_id async for session in client.list_sessions()}
+    assert listed >= {session.session_id for session in sessions}
+    for talk in talks:
+        found = await stored(store, talk.session.session_id)
+        await talk.session.delete()
+        asked = talk.questions[: len(talk.answers)]
+        assert (talk.answers, found) == await undisturbed(client, store, asked)
+
+
+async def test_one_off_requests_go_on_without_the_store(
+    stack: ProcessStack, client: Client, store: Store
+) -> None:
+    rng = random.Random(46)
+    asked = question(rng, 40)
+    expected = said(await ask(client, asked).result())
+    session = await session_after(client, [asked])
+
+    stack.shut_down_store()
+    try:
+        with pytest.raises(Unavailable) as caught:
+            await ask(client, asked, session.session_id).result()
+        await asyncio.sleep(2 * HEARTBEAT_TTL_S)  # longer than any view of the workers is fresh
+        without = [await ask(client, asked).result() for _ in range(3)]
+    finally:
+        stack.store.start()
+    await eventually_async(lambda: answered(client, asked, session))
+
+    assert caught.value.reason == "STORE_UNAVAILABLE"
+    assert caught.value.retry_after_s
+    assert [len(said(result)["token_ids"]) for result in without] == [NUM_TOKENS] * 3
+    assert said(await ask(client, asked).result()) == expected
+    await session.delete()
+
+
+class Talk:
+    """A client that asks one question after another, each until it is answered.
+
+    Attributes:
+        answers: Of the questions, in their order.
+        errors: That it met.
+        is_over: Whether to ask no more.
+    """
+
+    def __init__(self, session: Session, questions: Sequence[Question], client: Client) -> None:
+        self.session = session
+        self.questions = questions
+        self.answers: list[dict[str, Any]] = []
+        self.errors: list[ChunkServeError] = []
+        self.is_over = False
+        self._client = client
+
+    async def run(self) -> None:
+        for number, asked in enumerate(self.questions):
+            while not self.is_over and len(self.answers) == number:
+                try:
+                    result = await self._ask(asked, f"{self.session.session_id}-{number}")
+                except ChunkServeError as error:
+                    self.errors.append(error)
+                    await asyncio.sleep(error.retry_after_s or 0.1)
+                else:
+                    self.answers.append(said(result))
+
+    async def _ask(self, asked: Question, request_id: str) -> Result:
+        answer = ask(
+            self._client, asked, self.session.session_id, request_id=request_id, wait_if_busy=True
+        )
+        return await answer.result()
+
+
+async def answered(client: Client, asked: Question, session: Session) -> bool:
+    """Whether a turn is answered; not yet, if the store is away."""
+    with suppress(Unavailable):
+        await ask(client, asked, session.session_id, wait_if_busy=True).result()
+        return True
+    return False
