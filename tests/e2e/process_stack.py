@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -177,6 +178,11 @@ class ProcessStack:
         """Let the store save and end, as an operator does."""
         with redis.Redis.from_url(self.store.url) as admin:
             admin.shutdown()
+        self.store.stop()
+
+    def kill_store(self) -> None:
+        """Kill the store with SIGKILL."""
+        os.kill(self.store.pid, signal.SIGKILL)
         self.store.stop()
 
     async def ready(self) -> None:
