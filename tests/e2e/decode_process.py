@@ -101,6 +101,8 @@ class DecodeProcess:
 
 def _run(worker_id: str, settings: dict[str, Any], commands: Connection, held: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Progress bars have locks, which otherwise have names that nobody removes after a kill.
+    multiprocessing.set_start_method("fork", force=True)
     asyncio.run(_serve(worker_id, DecodeSettings(**settings), commands, _Hold(held)))
 
 
