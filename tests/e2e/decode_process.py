@@ -62,7 +62,7 @@ class DecodeProcess:
             self._is_ready = True
 
     async def hold_at(self, place: int, *, seed: int) -> None:
-        """Hold all of it at a place of an answer, unless another worker began the answer.
+        """Hold all of it at a place of an answer.
 
         Args:
             place: So many tokens are chosen, not one more; or :data:`BEFORE_COMMIT` or
@@ -70,6 +70,8 @@ class DecodeProcess:
             seed: Of the answer.
         """
         await self._tell((place, seed))
+        while self._held.poll():
+            self._held.recv()  # of the place before
 
     async def go_on(self) -> None:
         """Hold it nowhere any more."""
@@ -144,7 +146,7 @@ class _Hold:
         def held(sequence: DecodeSequence, logits: torch.Tensor) -> Any:
             here = (len(sequence.token_ids), sequence._sampling.seed)
             go_on = self._go_on
-            if here == self._where and not sequence._num_resumed and not sequence._pending:
+            if here == self._where and not sequence._pending:
                 self._held.send("held")
                 go_on.wait()
             return accept(sequence, logits)
