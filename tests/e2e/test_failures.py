@@ -317,6 +317,7 @@ async def test_prefill_workers_killed_during_turns_change_no_answer(
         ]
         answers = [asyncio.create_task(ask(client, q).result()) for q in beside]
         busy = await eventually_async(lambda: busy_prefill_worker(store))
+        assert not all(turn.done() for turn in turns)
         await stack.kill_prefill(busy)
         stack.add_prefill()
 
@@ -433,7 +434,7 @@ async def test_sessions_lose_no_turn_when_the_store_ends_under_load(
         num_before = [len(talk.answers) for talk in talks]
         await eventually(lambda: num_more(talks, num_before) >= 1)
         num_errors = [len(talk.errors) for talk in talks]
-        await eventually(lambda: num_more(talks, num_before) >= 4)
+        await eventually(lambda: num_more(talks, num_before) >= 3)
         for talk in (*talks, one_offs):
             talk.is_over = True
 
@@ -514,7 +515,7 @@ class Talk:
         """Ask until it is over."""
         options = {} if self.session else {"compression": WHOLE}
         while not self.is_over:
-            asked = question(self._rng, self._rng.choice([8, 40, 200]), **options)
+            asked = question(self._rng, self._rng.choice([8, 40, 100]), **options)
             self._questions.append(asked)
             await self._insist(asked)
 
