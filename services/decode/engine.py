@@ -171,7 +171,7 @@ class Engine:
         """
         with self._changed:
             while self._is_running:
-                self._drop_ended()
+                self._drop_cancelled()
                 if shares := self._share([each for each in self._generations if each.has_room]):
                     return shares
                 self._changed.wait()
@@ -213,7 +213,7 @@ class Engine:
                 continue
             if delta is not None:
                 woken.append(generation.put(delta))
-            if generation.sequence.is_finished:
+            if generation.sequence.is_done:
                 ended.append((generation, None))
         self._on_loop(woken)
         self._release(ended)
@@ -253,11 +253,9 @@ class Engine:
             share.generation.kv.advance(share.num_tokens)
         return logits
 
-    def _drop_ended(self) -> None:
-        """Let go of those that were cancelled, and of answers that had ended when they came."""
-        ended = [
-            each for each in self._generations if each.is_cancelled or each.sequence.is_finished
-        ]
+    def _drop_cancelled(self) -> None:
+        """Let go of those that were cancelled."""
+        ended = [each for each in self._generations if each.is_cancelled]
         self._release([(generation, None) for generation in ended])
 
     def _release(self, ended: Sequence[tuple[Generation, Exception | None]]) -> None:

@@ -51,7 +51,8 @@ class DecodeSequence:
     Attributes:
         token_ids: The answer so far, resumed tokens included.
         finish_reason: Why it ended; ``FINISH_REASON_UNSPECIFIED`` while it has not. A resumed
-            answer may have ended before the first step, with its last word lost on the way.
+            answer may have ended before the first step, with its last word lost on the way: then
+            the model has yet to see its tokens, as the next turn needs their KV.
         first_token_at: ``time.perf_counter()`` of the first token generated here, in seconds; of
             the start if there is none.
         last_token_at: The same of the latest.
@@ -84,11 +85,18 @@ class DecodeSequence:
             ending_token_ids=self._ending_token_ids,
         )
         self._resume(self._pending[len(self._pending) - self._num_resumed :])
+        if self.is_finished:
+            self._pending.pop()  # the model sees no answer's last token
 
     @property
     def is_finished(self) -> bool:
         """Whether no token follows."""
         return self.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no token follows, and the model has seen all but the last."""
+        return self.is_finished and not self._pending
 
     @property
     def matched_stop(self) -> str:
@@ -138,10 +146,11 @@ class DecodeSequence:
         self.last_token_at = time.perf_counter()
         if index == self._num_resumed:
             self.first_token_at = self.last_token_at
-        self._pending = [token_id]
         delta = types_pb2.TokenDelta(
             text=self._take(token_id), token_ids=[token_id], first_token_index=index
         )
+        if not self.is_finished:
+            self._pending = [token_id]
         if self._sampling.logprobs is not None:
             delta.logprobs.append(token_logprob(logits, token_id, self._sampling.logprobs))
             self._logprobs.extend(delta.logprobs)

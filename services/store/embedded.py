@@ -1,4 +1,7 @@
-"""A Valkey server on this machine, for one machine: no persistence, gone with its parent."""
+"""A Valkey server on this machine, for one machine: gone with its parent.
+
+It keeps nothing, unless its folder is given and ``extra`` says how to (``appendonly``).
+"""
 
 from __future__ import annotations
 

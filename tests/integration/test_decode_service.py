@@ -675,6 +675,7 @@ async def test_a_resumed_answer_goes_on_and_is_committed_once(client, loaded, st
     assert rest.finish.decode_ms >= 0
     after = await committed(store)
     assert list(after.token_ids) == PROMPT + whole.token_ids
+    assert covered_tokens(after) == len(PROMPT) + 11
     assert after.num_turns == 1
 
 

@@ -142,6 +142,23 @@ def test_it_is_stopped_twice_without_harm_and_can_start_again():
     server.stop()
 
 
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGKILL])
+def test_with_an_append_only_file_it_comes_back_with_its_data(tmp_path: Path, ends: signal.Signals):
+    extra = {"appendonly": "yes", "appendfsync": "always"}
+    with EmbeddedValkey(EmbeddedOptions(directory=tmp_path, extra=extra)) as server:
+        url = server.url
+        with redis.Redis.from_url(url) as client:
+            client.set("key", "value")
+
+        os.kill(server.pid, ends)
+        server.stop()
+        server.start()
+
+        assert server.url == url
+        with redis.Redis.from_url(url) as client:
+            assert client.get("key") == b"value"
+
+
 def test_a_server_that_ignores_its_end_is_killed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("services.store.embedded.STOP_TIMEOUT_S", 0.1)
     server = EmbeddedValkey()

@@ -234,8 +234,9 @@ async def test_a_seeded_answer_goes_on_where_another_worker_stopped(served, num_
     assert rest == whole[8:]
 
 
-async def test_an_answer_that_had_ended_when_it_came_is_let_go_without_a_step(served):
-    loaded, model = stepped(served)  # no step is allowed
+async def test_an_answer_that_had_ended_when_it_came_is_seen_and_gets_no_token(served):
+    loaded, model = stepped(served)
+    model.allow_all()
     sampling = SamplingSettings(stop_token_ids=frozenset({7}))
     async with running(loaded) as rig:
         task = task_of([*PROMPT, 3, 7], sampling=sampling, num_resumed_tokens=2)
@@ -243,10 +244,10 @@ async def test_an_answer_that_had_ended_when_it_came_is_let_go_without_a_step(se
             assert await read(generation) == []
         rig.check_nothing_left()
 
-    assert model.steps == []
+    assert model.steps == [[*PROMPT, 3]]
     assert generation.sequence.finish_reason == types_pb2.FINISH_REASON_EOS
     assert generation.sequence.token_ids == [3, 7]
-    assert generation.kv.num_tokens == 0
+    assert generation.kv.num_tokens == len(PROMPT) + 1
 
 
 async def test_resumed_tokens_behind_the_end_of_the_answer_are_refused(served):
