@@ -20,7 +20,12 @@ from services.store.base import SessionStore
 _FIRST_PAUSE_S: Final = 0.01
 _LONGEST_PAUSE_S: Final = 0.25
 
+_LATE_PAUSE_S: Final = 0.25
+
 _T = TypeVar("_T")
+
+# Leases that wait for the store to be given back; the event loop alone would not keep the tasks.
+_late: Final[set[asyncio.Task[None]]] = set()
 
 _log = get_logger()
 
@@ -185,7 +190,28 @@ async def _held(
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
-        await finish("lease.release", give_back(token))
+        await finish("lease.release", _give_back_or_later(partial(give_back, token), ttl_s))
+
+
+async def _give_back_or_later(
+    give_back: Callable[[], Coroutine[Any, Any, None]], ttl_s: float
+) -> None:
+    """Give back now, or once the store is back: a short outage must not keep a session busy."""
+    try:
+        await give_back()
+    except UnavailableError:
+        task = asyncio.create_task(_give_back_later(give_back, ttl_s))
+        _late.add(task)
+        task.add_done_callback(_late.discard)
+        raise
+
+
+async def _give_back_later(give_back: Callable[[], Awaitable[None]], ttl_s: float) -> None:
+    ends_at = time.monotonic() + ttl_s  # by then it has expired by itself
+    while (left_s := ends_at - time.monotonic()) > 0:
+        await asyncio.sleep(min(_LATE_PAUSE_S, left_s))
+        with suppress(UnavailableError):
+            return await give_back()
 
 
 async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:

@@ -20,6 +20,7 @@ class LeaseStore:
         self.renewals = list(renewals)
         self.all_renewed = asyncio.Event()
         self.is_held = False
+        self.is_released = asyncio.Event()
         self.release_error: Exception | None = None
         self.refusals: list[Exception] = []
         self.is_asked = asyncio.Event()
@@ -47,6 +48,7 @@ class LeaseStore:
         if self.release_error is not None:
             raise self.release_error
         self.is_held = False
+        self.is_released.set()
 
 
 def lease(store: LeaseStore, ttl_s: float = 0.03, **options: bool):  # type: ignore[no-untyped-def]
@@ -103,6 +105,18 @@ async def test_a_lease_that_cannot_be_released_does_not_fail_the_turn() -> None:
         pass
 
     assert store.is_held
+
+
+async def test_a_lease_is_released_once_the_store_is_back() -> None:
+    store = LeaseStore()
+    async with lease(store, ttl_s=60):
+        store.release_error = UnavailableError("away")
+    assert store.is_held
+
+    store.release_error = None
+    await asyncio.wait_for(store.is_released.wait(), WAIT_S)
+
+    assert not store.is_held
 
 
 class TurnStore:
