@@ -211,7 +211,8 @@ async def _give_back_later(give_back: Callable[[], Awaitable[None]], ttl_s: floa
     while (left_s := ends_at - time.monotonic()) > 0:
         await asyncio.sleep(min(_LATE_PAUSE_S, left_s))
         with suppress(UnavailableError):
-            return await give_back()
+            await give_back()
+            return
 
 
 async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
