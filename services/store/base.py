@@ -149,7 +149,8 @@ class SegmentStore(Protocol):
             segment_id: Which.
             ttl_s: Seconds.
             owner: Session that is about to name it. Nobody frees the segment as long as it lives,
-                and it lives somewhat longer than ``ttl_s``.
+                and it lives somewhat longer than ``ttl_s``. Until the session's next commit it is
+                reserved: see ``SessionStore.release_reserved``.
 
         Raises:
             CorruptError: Its header is damaged.
@@ -278,7 +279,7 @@ class SessionStore(Protocol):
             ttl_s: Seconds that the session lives from now on.
             segment_ids: All segments that the new version names.
             dropped_segment_ids: Segments that it does not name any more. Freed at once if nobody
-                else names them.
+                else names them. So is what was reserved and is not named.
             result: What the turn answered. The newest 64 of a session are kept.
 
         Raises:
@@ -304,7 +305,15 @@ class SessionStore(Protocol):
     ) -> None:
         """Own these segments no longer, unless the session names them; free what nobody owns.
 
-        For segments that were stored or found for a turn that was not committed.
+        For segments that were stored for a session that does not come to be.
+        """
+
+    async def release_reserved(self, tenant: str, session_id: str) -> None:
+        """Own no longer what was stored or found for the session and is not named by it.
+
+        For a turn that was not committed, whoever worked on it: it need not be known what they had
+        stored. Hold the lease, or another turn loses what it has reserved. What a worker reserves
+        later than this is released with the session's next turn, or its deletion.
         """
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:

@@ -44,6 +44,11 @@ def turn_order(tenant: str, session_id: str) -> str:
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:turns"
 
 
+def reserved_segments(tenant: str, session_id: str) -> str:
+    """Set: ids of segments that are or were to be named by a turn that is not committed."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:reserved"
+
+
 def owner(tenant: str, session_id: str) -> str:
     """A session among the owners of a segment."""
     return f"{_quoted(tenant)}/{_quoted(session_id)}"

@@ -45,9 +45,9 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 
-# KEYS: manifest, turn results, turn order. ARGV: expected version, body, lifetime, segments, and,
-# if the turn has a result, its request id and body. Answers {version, created_us}: the new version,
-# or the stored one negated; nothing if it is gone.
+# KEYS: manifest, turn results, turn order, reserved segments. ARGV: expected version, body,
+# lifetime, segments, and, if the turn has a result, its request id and body. Answers {version,
+# created_us, reserved segments}: the new version, or the stored one negated; nothing if it is gone.
 _COMMIT: Final = f"""
 local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us')
 if not stored[1] then return {{}} end
@@ -62,15 +62,25 @@ if ARGV[5] then
     redis.call('HDEL', KEYS[2], redis.call('LPOP', KEYS[3]))
   end
 end
-for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[3]) end
-return {{version, stored[2]}}
+for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
+local reserved = redis.call('SMEMBERS', KEYS[4])
+redis.call('DEL', KEYS[4])
+return {{version, stored[2], reserved}}
 """
 
-# KEYS: manifest, turn results, turn order.
+# KEYS: manifest, turn results, turn order, reserved segments.
 _DELETE: Final = """
 local stored = redis.call('HMGET', KEYS[1], 'created_us', 'segments')
+local reserved = redis.call('SMEMBERS', KEYS[4])
 redis.call('DEL', unpack(KEYS))
-return stored
+return {stored[1], stored[2], reserved}
+"""
+
+# KEYS: manifest, reserved segments. Answers the segments that the manifest names, and the reserved.
+_UNRESERVE: Final = """
+local reserved = redis.call('SMEMBERS', KEYS[2])
+redis.call('DEL', KEYS[2])
+return {redis.call('HGET', KEYS[1], 'segments'), reserved}
 """
 
 # KEYS: lease, manifest, turn results, turn order. ARGV: token, lifetime. Answers whether the lease
@@ -98,6 +108,7 @@ class RedisSessions(RedisAccounts):
         self._create = client.register_script(_CREATE)
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
+        self._unreserve = client.register_script(_UNRESERVE)
         self._renew = client.register_script(_RENEW)
         self._give_back = client.register_script(lease_scripts.RELEASE)
 
@@ -163,7 +174,10 @@ class RedisSessions(RedisAccounts):
         with store_errors(self._where):
             async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
                 answer = await self._commit(
-                    keys=_session_keys(tenant, session_id),
+                    keys=[
+                        *_session_keys(tenant, session_id),
+                        keys.reserved_segments(tenant, session_id),
+                    ],
                     args=[expected_version, body, lifetime, _joined(named), *(result or ())],
                 )
                 if not answer:
@@ -182,7 +196,8 @@ class RedisSessions(RedisAccounts):
                 size_bytes=size_bytes,
                 lifetime=lifetime,
             )
-            await self._release(keys.owner(tenant, session_id), set(dropped_segment_ids) - {*named})
+            unnamed = {*dropped_segment_ids, *_decoded(answer[2])} - {*named}
+            await self._release(keys.owner(tenant, session_id), unnamed)
         return version
 
     async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
@@ -195,11 +210,17 @@ class RedisSessions(RedisAccounts):
     async def delete_manifest(self, tenant: str, session_id: str) -> None:
         """Delete a session, and at once the segments that only it named."""
         with store_errors(self._where):
-            created_us, named = await self._delete(keys=_session_keys(tenant, session_id))
+            created_us, named, reserved = await self._delete(
+                keys=[
+                    *_session_keys(tenant, session_id),
+                    keys.reserved_segments(tenant, session_id),
+                ]
+            )
             if created_us is None:
                 raise _not_found(session_id)
             await self._strike(tenant, session_id, created_us=int(created_us))
-            await self._release(keys.owner(tenant, session_id), _split(named))
+            owned = {*_split(named), *_decoded(reserved)}
+            await self._release(keys.owner(tenant, session_id), owned)
 
     async def release_segments(
         self, tenant: str, session_id: str, segment_ids: Iterable[str]
@@ -212,6 +233,18 @@ class RedisSessions(RedisAccounts):
             named = set(_split(stored))
             dropped = [name for name in dict.fromkeys(segment_ids) if name not in named]
             await self._release(keys.owner(tenant, session_id), dropped)
+
+    async def release_reserved(self, tenant: str, session_id: str) -> None:
+        """Own no longer what turns reserved and the session does not name."""
+        with store_errors(self._where):
+            named, reserved = await self._unreserve(
+                keys=[
+                    keys.manifest(tenant, session_id),
+                    keys.reserved_segments(tenant, session_id),
+                ]
+            )
+            unnamed = set(_decoded(reserved)) - {*_split(named)}
+            await self._release(keys.owner(tenant, session_id), unnamed)
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
         """Return a page of sessions."""
@@ -367,6 +400,10 @@ def _joined(segment_ids: Sequence[str]) -> str:
 def _split(segments: bytes | None) -> list[str]:
     """Inverse of ``_joined``."""
     return segments.decode().split("\n") if segments else []
+
+
+def _decoded(segment_ids: Iterable[bytes]) -> list[str]:
+    return [segment_id.decode() for segment_id in segment_ids]
 
 
 def _page_token(member: bytes) -> str:
