@@ -312,8 +312,8 @@ class SessionStore(Protocol):
         """Own no longer what was stored or found for the session and is not named by it.
 
         For a turn that was not committed, whoever worked on it: it need not be known what they had
-        stored. Hold the lease, or another turn loses what it has reserved. What a worker reserves
-        later than this is released with the session's next turn, or its deletion.
+        stored. Hold the lease, or another turn loses what it has reserved. What a worker stores
+        later than this is released with the session's next commit, or its deletion.
         """
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:

@@ -76,13 +76,6 @@ redis.call('DEL', unpack(KEYS))
 return {stored[1], stored[2], reserved}
 """
 
-# KEYS: manifest, reserved segments. Answers the segments that the manifest names, and the reserved.
-_UNRESERVE: Final = """
-local reserved = redis.call('SMEMBERS', KEYS[2])
-redis.call('DEL', KEYS[2])
-return {redis.call('HGET', KEYS[1], 'segments'), reserved}
-"""
-
 # KEYS: lease, manifest, turn results, turn order. ARGV: token, lifetime. Answers whether the lease
 # is ours, and the session's segments if it would have expired before the lease.
 _RENEW: Final = """
@@ -108,7 +101,6 @@ class RedisSessions(RedisAccounts):
         self._create = client.register_script(_CREATE)
         self._commit = client.register_script(_COMMIT)
         self._delete = client.register_script(_DELETE)
-        self._unreserve = client.register_script(_UNRESERVE)
         self._renew = client.register_script(_RENEW)
         self._give_back = client.register_script(lease_scripts.RELEASE)
 
@@ -237,14 +229,11 @@ class RedisSessions(RedisAccounts):
     async def release_reserved(self, tenant: str, session_id: str) -> None:
         """Own no longer what turns reserved and the session does not name."""
         with store_errors(self._where):
-            named, reserved = await self._unreserve(
-                keys=[
-                    keys.manifest(tenant, session_id),
-                    keys.reserved_segments(tenant, session_id),
-                ]
+            reserved = await self._client.execute_command(
+                "SMEMBERS", keys.reserved_segments(tenant, session_id)
             )
-            unnamed = set(_decoded(reserved)) - {*_split(named)}
-            await self._release(keys.owner(tenant, session_id), unnamed)
+            # They stay noted: a worker that does not know yet may be about to store one of them.
+            await self.release_segments(tenant, session_id, _decoded(reserved))
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
         """Return a page of sessions."""

@@ -34,6 +34,7 @@ from services.store import Store, open_store
 from services.store.base import WorkerInfo
 from services.store.heartbeat import keep_announced
 from tests.fakes import FakeCluster
+from tests.integration.session_model import SEGMENT_LEASE_S
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 1024
@@ -75,21 +76,18 @@ class Moments:
         with self._lock:
             self._left, self._act = number, act
 
-    def disarm(self) -> bool:
-        """Forget what was armed; return whether it has happened."""
+    def disarm(self) -> None:
+        """Forget what was armed, unless it has happened."""
         with self._lock:
-            act, self._act = self._act, None
-        return act is None
+            self._act = None
 
     def pass_by(self) -> None:
         """Let one moment pass."""
-        act = None
         with self._lock:
             self._left -= 1
-            if self._left == 0:
-                act, self._act = self._act, None
-        if act is not None:
-            act()
+            if self._left == 0 and self._act is not None:
+                self._act()
+                self._act = None
 
     @asynccontextmanager
     async def commits_held(self) -> AsyncIterator[Callable[[], None]]:
@@ -220,7 +218,7 @@ class Prefill:
         self._loaded = loaded
         self._runner = PrefillRunner(loaded, prefill_chunk_tokens=64, queue_size=16)
         settings = PrefillSettings(
-            model=MODEL, min_compress_tokens=MIN_COMPRESS_TOKENS, segment_lease_s=0.3
+            model=MODEL, min_compress_tokens=MIN_COMPRESS_TOKENS, segment_lease_s=SEGMENT_LEASE_S
         )
         self._servicer = _CountedPrefill(loaded, self._runner, store, settings, worker_id=worker_id)
         add = functools.partial(
@@ -362,6 +360,7 @@ class SessionCluster:
         self._num_made = 0
         self._threads = _CountedThreads()
         self._killing: list[asyncio.Task[None]] = []
+        self._num_killed = 0
         self._disowned: set[str] = set()
 
     async def __aenter__(self) -> SessionCluster:
@@ -392,8 +391,8 @@ class SessionCluster:
         await self._gateway_store.close()
         await self.store.close()
 
-    async def add(self, role: str) -> Any:
-        """Start a worker."""
+    async def add(self, role: str) -> None:
+        """Start a worker, and wait until it is announced."""
         self._num_made += 1
         store, name = MortalStore(open_store(self._url), self.moments), f"{role}-{self._num_made}"
         worker: Any
@@ -403,24 +402,28 @@ class SessionCluster:
             worker = (Prefill if role == "prefill" else Decode)(load_chatty(), store, name)
         await worker.start()
         self.workers[role].append(worker)
-        return worker
+        async with asyncio.timeout(WAIT_S):
+            while name not in {info.worker_id for info in await self.store.workers()}:
+                await asyncio.sleep(0.001)
 
     def kill(self, worker: Any) -> None:
         """Kill a worker at once. On the event loop's thread or any other."""
         worker.store.die()
+        self._num_killed += 1
         self._loop.call_soon_threadsafe(
             lambda: self._killing.append(self._loop.create_task(self._bury(worker)))
         )
 
-    async def replace_dead(self) -> int:
-        """Start a worker for every one that was killed; return how many there were."""
-        killing, self._killing = self._killing, []
-        await asyncio.gather(*killing)
+    async def replace_dead(self) -> None:
+        """Start a worker for every one that was killed."""
+        while len(self._killing) < self._num_killed:
+            await asyncio.sleep(0)  # the event loop has yet to hear of it
+        await asyncio.gather(*self._killing)
+        self._killing, self._num_killed = [], 0
         missing = {"prefill": 2, "decode": 2, "compression": 1}
         for role, number in missing.items():
             while len(self.workers[role]) < number:
                 await self.add(role)
-        return len(killing)
 
     async def quiesce(self) -> None:
         """Wait until nothing runs any more on behalf of any request."""

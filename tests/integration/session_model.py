@@ -17,6 +17,8 @@ from services.store import keys
 
 TENANT: Final = "default"
 
+SEGMENT_LEASE_S: Final = 0.3
+
 # What rounding may change in a logit: the model sees the same tokens in other pieces.
 _LOGIT_TOLERANCE: Final = 1e-3
 
@@ -213,7 +215,9 @@ class Keys:
         found: dict[str, set[str]] = defaultdict(set)
         for key in self._client.scan_iter(count=1000):
             tag, _, kind = key.decode().partition("{")[2].partition("}")
-            found[tag].add(kind.removeprefix(":"))
+            # A killed worker's lease on a segment that it was computing ends by itself.
+            if "/" in tag or kind != ":lease" or self._client.pttl(key) > SEGMENT_LEASE_S * 1000:
+                found[tag].add(kind.removeprefix(":"))
         return found
 
     def _of_segment(self, segment_id: str) -> list[bytes]:
