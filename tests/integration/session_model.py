@@ -95,8 +95,8 @@ class Conversation:
             if self.is_exact:
                 assert segment.num_kept_tokens == segment.num_tokens
             end += segment.num_tokens
-        # The last token was generated, and the model has not seen it.
-        assert end == max(len(self.token_ids) - 1, 0)
+        # The model has not seen the last token, unless it was another worker's that died then.
+        assert len(self.token_ids) - end in (0, 1)
 
     def check_unchanged_segments(self, manifest: manifest_pb2.Manifest) -> None:
         """A turn adds segments behind those that there are, which stay as they are."""
@@ -115,12 +115,15 @@ def check_is_greedy(loaded: LoadedModel, token_ids: Sequence[int], num_answered:
 class Keys:
     """The keys in the store, and who may have left them there.
 
+    Parts of segments whose headers the test has damaged are not looked at.
+
     Args:
         client: Of the store's server.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
+        self._stray: set[bytes] = set()
 
     def check(
         self,
@@ -199,6 +202,9 @@ class Keys:
             if not name.endswith((b":owners", b":lease"))
         ]
         name = sorted(stored)[index % len(stored)]
+        if name.endswith(b":header"):
+            # Nobody knows any more which parts there are: they expire.
+            self._stray |= set(stored) - {name}
         if kind == "lost":
             self._client.delete(name)
             return
@@ -213,7 +219,7 @@ class Keys:
     def _found(self) -> dict[str, set[str]]:
         """Return what kinds of keys there are, by what stands in the braces of their names."""
         found: dict[str, set[str]] = defaultdict(set)
-        for key in self._client.scan_iter(count=1000):
+        for key in set(self._client.scan_iter(count=1000)) - self._stray:
             tag, _, kind = key.decode().partition("{")[2].partition("}")
             # A killed worker's lease on a segment that it was computing ends by itself.
             if "/" in tag or kind != ":lease" or self._client.pttl(key) > SEGMENT_LEASE_S * 1000:

@@ -316,6 +316,8 @@ class Steps:
             self._expire_session(conversation)
             release()
         assert asking.result().error.code() == grpc.StatusCode.NOT_FOUND
+        await self._cluster.quiesce()
+        self._keys.expire(conversation)  # what the turn reserved expires, too
 
     async def _damage(self) -> None:
         """Lost KV is computed again by the next turn, which says so."""

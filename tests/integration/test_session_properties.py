@@ -19,7 +19,7 @@ from tests.integration.session_steps import Steps
 
 NUM_STEPS = int(os.environ.get("CHUNKSERVE_TEST_STEPS", "2000"))
 SEED = int(os.environ.get("CHUNKSERVE_TEST_SEED", "1"))
-CHECK_EVERY = 1
+CHECK_EVERY = int(os.environ.get("CE", "10"))
 SHOWN_STEPS = 40
 
 
