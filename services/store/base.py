@@ -148,9 +148,9 @@ class SegmentStore(Protocol):
         Args:
             segment_id: Which.
             ttl_s: Seconds.
-            owner: Session that is about to name it. Nobody frees the segment as long as it lives,
-                and it lives somewhat longer than ``ttl_s``. Until the session's next commit it is
-                reserved: see ``SessionStore.release_reserved``.
+            owner: Session whose turn is about to name it. Until the session's next commit, its
+                deletion or ``SessionStore.release_reserved``, nobody frees the segment, and it
+                lives somewhat longer than ``ttl_s``.
 
         Raises:
             CorruptError: Its header is damaged.
@@ -309,11 +309,12 @@ class SessionStore(Protocol):
         """
 
     async def release_reserved(self, tenant: str, session_id: str) -> None:
-        """Own no longer what was stored or found for the session and is not named by it.
+        """Free what was stored or found for a turn that was not committed, if nobody else owns it.
 
-        For a turn that was not committed, whoever worked on it: it need not be known what they had
-        stored. Hold the lease, or another turn loses what it has reserved. What a worker stores
-        later than this is released with the session's next commit, or its deletion.
+        It need not be known what workers had stored for it. A worker that commits at the same time
+        either finds that it is too late, or owns the segments first. Hold the lease, or another
+        turn loses what it has reserved. What a worker stores later than this is released with the
+        session's next commit, or its deletion.
         """
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:

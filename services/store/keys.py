@@ -54,6 +54,11 @@ def owner(tenant: str, session_id: str) -> str:
     return f"{_quoted(tenant)}/{_quoted(session_id)}"
 
 
+def reserver(tenant: str, session_id: str) -> str:
+    """A session's turn that is not committed yet, among the owners of a segment."""
+    return f"{owner(tenant, session_id)}/turn"
+
+
 def session_index(tenant: str) -> str:
     """Sorted set of a tenant's sessions, members from ``index_member``, all scores 0."""
     return f"{_VERSION}:{{{_quoted(tenant)}}}:sessions"

@@ -50,6 +50,8 @@ class RedisSegments:
         """
         claim = _Claim.of(owner, ttl_s)
         with store_errors(self._where):
+            if self._at_node(segment_id, lambda node: _read(node, segment_id)) is None:
+                return False
             self._reserve(segment_id, owner, claim)
             return self._at_node(segment_id, lambda node: _extend(node, segment_id, claim))
 
@@ -150,7 +152,7 @@ class RedisSegments:
             return self._at_node(segment_id, lambda node: node.eval(script, 1, key, *args))
 
     def _reserve(self, segment_id: str, owner: SegmentOwner | None, claim: _Claim) -> None:
-        """Note that a session may own a segment that it does not name, before it owns it."""
+        """Note that a turn owns a segment, before it does."""
         if owner is None:
             return
         key = keys.reserved_segments(*owner)
@@ -181,7 +183,7 @@ class RedisSegments:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """For whom a segment lives, from ``keys.owner`` or empty, and how many milliseconds."""
+    """For whom a segment lives, from ``keys.reserver`` or empty, and how many milliseconds."""
 
     owner: str
     lifetime: int
@@ -190,7 +192,7 @@ class _Claim:
     def of(cls, owner: SegmentOwner | None, ttl_s: float) -> _Claim:
         if owner is None:
             return cls("", ttl_ms(ttl_s))
-        return cls(keys.owner(*owner), ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS)
+        return cls(keys.reserver(*owner), ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS)
 
 
 def _note(node: redis.Redis, key: str, segment_id: str, lifetime: int) -> None:

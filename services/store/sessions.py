@@ -50,7 +50,10 @@ return 1
 # created_us, reserved segments}: the new version, or the stored one negated; nothing if it is gone.
 _COMMIT: Final = f"""
 local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us')
-if not stored[1] then return {{}} end
+if not stored[1] then
+  redis.call('DEL', KEYS[4])
+  return {{}}
+end
 if stored[1] ~= ARGV[1] then return {{-tonumber(stored[1]), stored[2]}} end
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('HSET', KEYS[1], 'body', ARGV[2], 'segments', ARGV[4])
@@ -164,7 +167,10 @@ class RedisSessions(RedisAccounts):
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
         with store_errors(self._where):
-            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
+            async with (
+                self._unreserved_on_error(tenant, session_id, named),
+                self._owned(tenant, session_id, named, lifetime) as size_bytes,
+            ):
                 answer = await self._commit(
                     keys=[
                         *_session_keys(tenant, session_id),
@@ -188,8 +194,8 @@ class RedisSessions(RedisAccounts):
                 size_bytes=size_bytes,
                 lifetime=lifetime,
             )
-            unnamed = {*dropped_segment_ids, *_decoded(answer[2])} - {*named}
-            await self._release(keys.owner(tenant, session_id), unnamed)
+            await self._release(keys.owner(tenant, session_id), {*dropped_segment_ids} - {*named})
+            await self._release(keys.reserver(tenant, session_id), _decoded(answer[2]))
         return version
 
     async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
@@ -211,20 +217,16 @@ class RedisSessions(RedisAccounts):
             if created_us is None:
                 raise _not_found(session_id)
             await self._strike(tenant, session_id, created_us=int(created_us))
-            owned = {*_split(named), *_decoded(reserved)}
-            await self._release(keys.owner(tenant, session_id), owned)
+            await self._release(keys.owner(tenant, session_id), _split(named))
+            await self._release(keys.reserver(tenant, session_id), _decoded(reserved))
 
     async def release_segments(
         self, tenant: str, session_id: str, segment_ids: Iterable[str]
     ) -> None:
         """Own these segments no longer, unless the session names them; free what nobody owns."""
         with store_errors(self._where):
-            stored = await self._client.execute_command(
-                "HGET", keys.manifest(tenant, session_id), "segments"
-            )
-            named = set(_split(stored))
-            dropped = [name for name in dict.fromkeys(segment_ids) if name not in named]
-            await self._release(keys.owner(tenant, session_id), dropped)
+            unnamed = await self._unnamed(tenant, session_id, segment_ids)
+            await self._release(keys.owner(tenant, session_id), unnamed)
 
     async def release_reserved(self, tenant: str, session_id: str) -> None:
         """Own no longer what turns reserved and the session does not name."""
@@ -233,7 +235,8 @@ class RedisSessions(RedisAccounts):
                 "SMEMBERS", keys.reserved_segments(tenant, session_id)
             )
             # They stay noted: a worker that does not know yet may be about to store one of them.
-            await self.release_segments(tenant, session_id, _decoded(reserved))
+            unnamed = await self._unnamed(tenant, session_id, _decoded(reserved))
+            await self._release(keys.reserver(tenant, session_id), unnamed)
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
         """Return a page of sessions."""
@@ -314,6 +317,26 @@ class RedisSessions(RedisAccounts):
         except ServiceError:
             await self.release_segments(tenant, session_id, segment_ids)
             raise
+
+    @asynccontextmanager
+    async def _unreserved_on_error(
+        self, tenant: str, session_id: str, segment_ids: Sequence[str]
+    ) -> AsyncIterator[None]:
+        """If the block fails for sure, free what the turn brought and the session does not name."""
+        try:
+            yield
+        except ServiceError:
+            unnamed = await self._unnamed(tenant, session_id, segment_ids)
+            await self._release(keys.reserver(tenant, session_id), unnamed)
+            raise
+
+    async def _unnamed(self, tenant: str, session_id: str, segment_ids: Iterable[str]) -> list[str]:
+        """Return the segments that the session does not name."""
+        stored = await self._client.execute_command(
+            "HGET", keys.manifest(tenant, session_id), "segments"
+        )
+        named = set(_split(stored))
+        return [name for name in dict.fromkeys(segment_ids) if name not in named]
 
     async def _claim(self, owner: str, segment_ids: Sequence[str], lifetime: int) -> int:
         """Own the segments; return their bytes."""

@@ -23,6 +23,7 @@ from tests.integration.session_cluster import (
     SessionCluster,
 )
 from tests.integration.session_model import (
+    MAX_ANSWER_TOKENS,
     TENANT,
     Answer,
     Conversation,
@@ -480,7 +481,7 @@ class Steps:
     def _empty_request(self, conversation: Conversation) -> inference_pb2.GenerateRequest:
         self._num_requests += 1
         sampling = types_pb2.SamplingParams(
-            max_tokens=self._rng.randint(1, 7), ignore_eos=self._rng.random() < 0.8
+            max_tokens=self._rng.randint(1, MAX_ANSWER_TOKENS), ignore_eos=self._rng.random() < 0.8
         )
         if self._rng.random() < 0.3:
             sampling.temperature, sampling.seed = 1.0, self._rng.randrange(1 << 30)

@@ -214,7 +214,7 @@ async def test_segments_of_a_turn_that_was_not_committed_can_be_released(store: 
     await create(store, "s", "a")
     put(store, "new", session_id="s")
 
-    await store.release_segments("default", "s", ["a", "new", "missing"])
+    await store.release_reserved("default", "s")
 
     assert has(store, "a")
     assert names(server, "new") == []
