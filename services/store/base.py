@@ -278,8 +278,8 @@ class SessionStore(Protocol):
             expected_version: The version that was read.
             ttl_s: Seconds that the session lives from now on.
             segment_ids: All segments that the new version names.
-            dropped_segment_ids: Segments that it does not name any more. Freed at once if nobody
-                else names them. So is what was reserved and is not named.
+            dropped_segment_ids: Segments that it does not name. Freed at once if nobody else names
+                them, as are those that the version before named, or that the turn reserved.
             result: What the turn answered. The newest 64 of a session are kept.
 
         Raises:

@@ -47,9 +47,10 @@ return 1
 
 # KEYS: manifest, turn results, turn order, reserved segments. ARGV: expected version, body,
 # lifetime, segments, and, if the turn has a result, its request id and body. Answers {version,
-# created_us, reserved segments}: the new version, or the stored one negated; nothing if it is gone.
+# created_us, reserved segments, segments of the version before}: the new version, or the stored one
+# negated; nothing if it is gone.
 _COMMIT: Final = f"""
-local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us')
+local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us', 'segments')
 if not stored[1] then
   redis.call('DEL', KEYS[4])
   return {{}}
@@ -68,7 +69,7 @@ end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
 local reserved = redis.call('SMEMBERS', KEYS[4])
 redis.call('DEL', KEYS[4])
-return {{version, stored[2], reserved}}
+return {{version, stored[2], reserved, stored[3]}}
 """
 
 # KEYS: manifest, turn results, turn order, reserved segments.
@@ -194,7 +195,8 @@ class RedisSessions(RedisAccounts):
                 size_bytes=size_bytes,
                 lifetime=lifetime,
             )
-            await self._release(keys.owner(tenant, session_id), {*dropped_segment_ids} - {*named})
+            dropped = {*dropped_segment_ids, *_split(answer[3])} - {*named}
+            await self._release(keys.owner(tenant, session_id), dropped)
             await self._release(keys.reserver(tenant, session_id), _decoded(answer[2]))
         return version
 
