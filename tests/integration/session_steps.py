@@ -338,6 +338,17 @@ class Steps:
         await self._expect_whole(conversation, request, answer, is_healed=True)
         # In place of what was compressed again, the original may still be there.
         assert answer.info.rebuilt or segment.HasField("recompression")
+        for other in list(self._sessions.values()):
+            if segment.segment_id in {each.segment_id for each in other.segments}:
+                await self._heal(other)
+
+    async def _heal(self, conversation: Conversation) -> None:
+        """Let a session find out what became of a segment that it names."""
+        if len(conversation.token_ids) > MAX_MODEL_LEN - 300:
+            await self._delete_session(conversation)
+            return
+        request = self._request(conversation)
+        await self._expect_whole(conversation, request, await self._ask(request), is_healed=True)
 
     async def _compress(self) -> None:
         conversation = self._drawn()
