@@ -34,11 +34,10 @@ from services.store import Store, open_store
 from services.store.base import WorkerInfo
 from services.store.heartbeat import keep_announced
 from tests.fakes import FakeCluster
-from tests.integration.session_model import SEGMENT_LEASE_S
+from tests.integration.session_model import MIN_COMPRESS_TOKENS, SEGMENT_LEASE_S
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 1024
-MIN_COMPRESS_TOKENS = 16
 LEASE_TTL_S = 60.0
 WAIT_S = 60.0
 TEMPLATE = (

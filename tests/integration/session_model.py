@@ -17,6 +17,7 @@ from services.store import keys
 
 TENANT: Final = "default"
 
+MIN_COMPRESS_TOKENS: Final = 16
 MAX_ANSWER_TOKENS: Final = 7
 SEGMENT_LEASE_S: Final = 0.3
 
@@ -97,8 +98,8 @@ class Conversation:
                 assert segment.num_kept_tokens == segment.num_tokens
             end += segment.num_tokens
         # The last token of an answer is left to the next turn; of an answer that one worker
-        # generated and another one committed, all of them.
-        assert 0 <= len(self.token_ids) - end <= MAX_ANSWER_TOKENS + 1
+        # generated and another one committed, all of it, and a prompt too short to be prefilled.
+        assert 0 <= len(self.token_ids) - end <= MIN_COMPRESS_TOKENS + MAX_ANSWER_TOKENS
 
     def check_unchanged_segments(self, manifest: manifest_pb2.Manifest) -> None:
         """A turn adds segments behind those that there are, which stay as they are."""
@@ -202,7 +203,7 @@ class Keys:
         stored = [
             name
             for name in self._of_segment(segment_id)
-            if not name.endswith((b":owners", b":lease"))
+            if not name.endswith((b":owners", b":lease")) and name not in self._stray
         ]
         name = sorted(stored)[index % len(stored)]
         if name.endswith(b":header"):

@@ -18,12 +18,12 @@ from services.models.loader import LoadedModel
 from tests.fakes import error_info
 from tests.integration.session_cluster import (
     MAX_MODEL_LEN,
-    MIN_COMPRESS_TOKENS,
     WAIT_S,
     SessionCluster,
 )
 from tests.integration.session_model import (
     MAX_ANSWER_TOKENS,
+    MIN_COMPRESS_TOKENS,
     TENANT,
     Answer,
     Conversation,
