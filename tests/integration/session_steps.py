@@ -31,7 +31,7 @@ from tests.integration.session_model import (
     check_is_greedy,
 )
 
-MAX_SESSIONS: Final = 16
+MAX_SESSIONS: Final = 10
 MAX_MOMENT: Final = 60
 
 _EVERYTHING: Final = types_pb2.CompressionPolicy(keep_ratio=1.0, chunk_size=4, window_size=4)
