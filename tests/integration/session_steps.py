@@ -212,7 +212,7 @@ class Steps:
         twin = await self._fork_of(conversation)
         self._note(f"kill {role} at {moment}")
         async with self._killing(role, moment):
-            answer = await self._ask(request)
+            answer = await self._ask_again(request)
         await self._expect_whole(conversation, request, answer)
         await self._expect_same(twin, request, answer)
 
@@ -353,14 +353,14 @@ class Steps:
     async def _compress(self) -> None:
         conversation = self._drawn()
         request = self._compression(conversation)
-        try:
-            done = await self._cluster.sessions.CompressSession(request, timeout=WAIT_S)
-        except grpc.aio.AioRpcError as error:
+        calling = self._cluster.sessions.CompressSession(request, timeout=WAIT_S)
+        done, error = await self._outcome(calling)
+        if error is None:
+            self._compressed(conversation, done.session)
+        else:
             assert error.code() == grpc.StatusCode.FAILED_PRECONDITION
             assert error_info(error).reason == "NO_SCORES"
             self._note("refused")
-        else:
-            self._compressed(conversation, done.session)
         await self._check(conversation)
 
     async def _compress_while_killing(self) -> None:
@@ -370,14 +370,12 @@ class Steps:
         moment = self._rng.randint(1, MAX_MOMENT)
         self._note(f"kill at {moment}")
         async with self._killing("compression", moment):
-            try:
-                await self._cluster.sessions.CompressSession(request, timeout=WAIT_S)
-            except grpc.aio.AioRpcError as error:
-                assert error.code() in (
-                    grpc.StatusCode.UNAVAILABLE,
-                    grpc.StatusCode.FAILED_PRECONDITION,
-                )
-                self._note(str(error.code()))
+            calling = self._cluster.sessions.CompressSession(request, timeout=WAIT_S)
+            _, error = await self._outcome(calling)
+        if error is not None:
+            self._note(str(error.code()))
+            codes = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+            assert error.code() in codes
         self._keys.release_lease(conversation.session_id)
         self._compressed(conversation, await self._session(conversation))
         await self._check(conversation)
@@ -437,7 +435,7 @@ class Steps:
             return
         if kind == "kill":
             async with self._killing(self._rng.choice(["prefill", "decode"]), moment):
-                answer = await self._ask(request)
+                answer = await self._ask_again(request)
             self._abandoned |= self._cluster.take_disowned()
         else:
             answer = await self._ask(request)
@@ -657,6 +655,17 @@ class Steps:
                 moments.disarm()
         return answer
 
+    async def _ask_again(self, request: inference_pb2.GenerateRequest) -> Answer:
+        """Send a request again as long as it is refused before it began: nobody is left to ask."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                answer = await self._ask(request)
+                is_refused = answer.error is not None and answer.info is None
+                if not is_refused or answer.error.code() != grpc.StatusCode.UNAVAILABLE:
+                    return answer
+                self._note(f"again: {error_info(answer.error).reason}")
+                await asyncio.sleep(0.01)
+
     @asynccontextmanager
     async def _killing(self, role: str, moment: int) -> AsyncIterator[None]:
         """Kill a worker, one that works if there is one, at a moment of the block."""
@@ -679,11 +688,16 @@ class Steps:
             yield release
 
     async def _refused(self, call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+        _, error = await self._outcome(call)
+        assert error is not None
+        return error
+
+    async def _outcome(self, call: Awaitable[Any]) -> tuple[Any, grpc.aio.AioRpcError | None]:
+        """Return what a call answers, or with what it is refused."""
         try:
-            await call
+            return await call, None
         except grpc.aio.AioRpcError as error:
-            return error
-        raise AssertionError("was not refused")
+            return None, error
 
     async def _session(self, conversation: Conversation) -> session_pb2.Session:
         request = session_pb2.GetSessionRequest(session_id=conversation.session_id)
