@@ -402,7 +402,7 @@ class SessionCluster:
         await worker.start()
         self.workers[role].append(worker)
         async with asyncio.timeout(WAIT_S):
-            while name not in {info.worker_id for info in await self.store.workers()}:
+            while name not in {info.worker_id for info in await self.store.workers()}:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
     def kill(self, worker: Any) -> None:
@@ -415,7 +415,7 @@ class SessionCluster:
 
     async def replace_dead(self) -> None:
         """Start a worker for every one that was killed."""
-        while len(self._killing) < self._num_killed:
+        while len(self._killing) < self._num_killed:  # noqa: ASYNC110
             await asyncio.sleep(0)  # the event loop has yet to hear of it
         await asyncio.gather(*self._killing)
         self._killing, self._num_killed = [], 0
