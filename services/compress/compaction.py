@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import Counter
@@ -88,17 +88,12 @@ class Compacted:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One session, as it was read, and what is to be done to it.
-
-    Attributes:
-        made: Names of the segments that were stored, or found, for it.
-    """
+    """One session, as it was read, and what is to be done to it."""
 
     manifest: manifest_pb2.Manifest
     target: Target
     ttl_s: float
     by_pressure: bool
-    made: list[str] = field(default_factory=list)
 
 
 class Compactor:
@@ -142,7 +137,7 @@ class Compactor:
                 # What the session does not name: it was not committed, or was of no use.
                 await finish(
                     "compaction.release",
-                    self._store.release_segments(tenant, session_id, job.made),
+                    self._store.release_reserved(tenant, session_id),
                 )
         _count(before, after, by="pressure" if by_pressure else "request")
         return Compacted(version, before, after)
@@ -197,7 +192,6 @@ class Compactor:
         if budget is None and precision is None:
             return segment
         name = recompressed_id(segment.segment_id, max_kept_tokens=budget, precision=precision)
-        job.made.append(name)
         made = find_segment(self._store, name, ttl_s=job.ttl_s, owner=owner_of(job.manifest))
         if made is None:
             made = self._store_smaller(job, segment, name, budget, precision)

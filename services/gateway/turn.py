@@ -115,16 +115,22 @@ class TurnRunner:
         await self._channels.prune({w.address for w in await self._router.workers()})
         # Without a decode worker, a long prefill would be in vain.
         await self._router.pick_decode(manifest.model, fingerprint=manifest.model_fingerprint)
+        if not manifest.session_id:
+            return await self._run_once(turn, manifest)
+        try:
+            return await self._decode(_Relay(turn, await self._prompt(turn, manifest)))
+        except BaseException:
+            # Also what a worker stored whose answer did not come.
+            release = self._store.release_reserved(manifest.tenant, manifest.session_id)
+            await finish("turn.release", release)
+            raise
+
+    async def _run_once(self, turn: Turn, manifest: manifest_pb2.Manifest) -> types_pb2.Finish:
         prompt = await self._prompt(turn, manifest)
         try:
             return await self._decode(_Relay(turn, prompt))
-        except BaseException:
-            if manifest.session_id:
-                await finish("turn.release", self._release_segments(prompt.manifest))
-            raise
         finally:
-            if not manifest.session_id:
-                await finish("one_off.delete", self._delete_segments(prompt.manifest))
+            await finish("one_off.delete", self._delete_segments(prompt.manifest))
 
     async def count_tokens(
         self,
@@ -314,11 +320,6 @@ class TurnRunner:
             async for event in events:
                 await relay.forward(event)
         return relay.finish()
-
-    async def _release_segments(self, manifest: manifest_pb2.Manifest) -> None:
-        """Give up the segments of a turn that was not committed; those of the session stay."""
-        segment_ids = [segment.segment_id for segment in manifest.segments]
-        await self._store.release_segments(manifest.tenant, manifest.session_id, segment_ids)
 
     async def _delete_segments(self, manifest: manifest_pb2.Manifest) -> None:
         segment_ids = [segment.segment_id for segment in manifest.segments]

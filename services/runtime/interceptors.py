@@ -143,6 +143,9 @@ class ErrorInterceptor(_Interceptor):
                     await _abort(context, error)
                 except grpc.aio.AbortError:
                     raise  # the status is on its way already
+                except grpc.aio.InternalError as error:
+                    # A write to a caller who has left, before this task hears of it.
+                    raise asyncio.CancelledError from error
                 except Exception:
                     await _abort_unexpected(context, details.method)
 

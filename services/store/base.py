@@ -148,8 +148,9 @@ class SegmentStore(Protocol):
         Args:
             segment_id: Which.
             ttl_s: Seconds.
-            owner: Session that is about to name it. Nobody frees the segment as long as it lives,
-                and it lives somewhat longer than ``ttl_s``.
+            owner: Session whose turn is about to name it. Until the session's next commit, its
+                deletion or ``SessionStore.release_reserved``, nobody frees the segment, and it
+                lives somewhat longer than ``ttl_s``.
 
         Raises:
             CorruptError: Its header is damaged.
@@ -277,8 +278,8 @@ class SessionStore(Protocol):
             expected_version: The version that was read.
             ttl_s: Seconds that the session lives from now on.
             segment_ids: All segments that the new version names.
-            dropped_segment_ids: Segments that it does not name any more. Freed at once if nobody
-                else names them.
+            dropped_segment_ids: Segments that it does not name. Freed at once if nobody else names
+                them, as are those that the version before named, or that the turn reserved.
             result: What the turn answered. The newest 64 of a session are kept.
 
         Raises:
@@ -304,7 +305,16 @@ class SessionStore(Protocol):
     ) -> None:
         """Own these segments no longer, unless the session names them; free what nobody owns.
 
-        For segments that were stored or found for a turn that was not committed.
+        For segments that were stored for a session that does not come to be.
+        """
+
+    async def release_reserved(self, tenant: str, session_id: str) -> None:
+        """Free what was stored or found for a turn that was not committed, if nobody else owns it.
+
+        It need not be known what workers had stored for it. A worker that commits at the same time
+        either finds that it is too late, or owns the segments first. Hold the lease, or another
+        turn loses what it has reserved. What a worker stores later than this is released with the
+        session's next commit, or its deletion.
         """
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:

@@ -44,9 +44,19 @@ def turn_order(tenant: str, session_id: str) -> str:
     return f"{_VERSION}:{_session_tag(tenant, session_id)}:turns"
 
 
+def reserved_segments(tenant: str, session_id: str) -> str:
+    """Set: ids of segments that are or were to be named by a turn that is not committed."""
+    return f"{_VERSION}:{_session_tag(tenant, session_id)}:reserved"
+
+
 def owner(tenant: str, session_id: str) -> str:
     """A session among the owners of a segment."""
     return f"{_quoted(tenant)}/{_quoted(session_id)}"
+
+
+def reserver(tenant: str, session_id: str) -> str:
+    """A session's turn that is not committed yet, among the owners of a segment."""
+    return f"{owner(tenant, session_id)}/turn"
 
 
 def session_index(tenant: str) -> str:

@@ -51,6 +51,9 @@ class RedisSegments:
         """
         claim = _Claim.of(owner, ttl_s)
         with self._breaker.guard():
+            if self._at_node(segment_id, lambda node: _read(node, segment_id)) is None:
+                return False
+            self._reserve(segment_id, owner, claim)
             return self._at_node(segment_id, lambda node: _extend(node, segment_id, claim))
 
     def put_segment(
@@ -73,6 +76,7 @@ class RedisSegments:
             raise ValueError(f"part of {largest} bytes; at most {MAX_PART_BYTES} can be stored")
         claim = _Claim.of(owner, ttl_s)
         with self._breaker.guard():
+            self._reserve(segment_id, owner, claim)
             self._at_node(segment_id, lambda node: _put(node, segment_id, header, views, claim))
 
     def get_header(self, segment_id: str) -> bytes:
@@ -148,6 +152,13 @@ class RedisSegments:
         with self._breaker.guard():
             return self._at_node(segment_id, lambda node: node.eval(script, 1, key, *args))
 
+    def _reserve(self, segment_id: str, owner: SegmentOwner | None, claim: _Claim) -> None:
+        """Note that a turn owns a segment, before it does."""
+        if owner is None:
+            return
+        key = keys.reserved_segments(*owner)
+        self._at_key(key, lambda node: _note(node, key, segment_id, claim.lifetime))
+
     def _part_keys(self, segment_id: str) -> list[str]:
         value = self._at_node(segment_id, lambda node: _read(node, segment_id))
         if value is None:
@@ -156,7 +167,10 @@ class RedisSegments:
 
     def _at_node(self, segment_id: str, operation: Callable[[redis.Redis], _T]) -> _T:
         """Run an operation, which may be run twice, at the node that holds the segment."""
-        key = keys.segment_header(segment_id)
+        return self._at_key(keys.segment_header(segment_id), operation)
+
+    def _at_key(self, key: str, operation: Callable[[redis.Redis], _T]) -> _T:
+        """Run an operation, which may be run twice, at the node that holds the key."""
         try:
             return operation(self._nodes.client(key))
         except MovedError as error:
@@ -170,7 +184,7 @@ class RedisSegments:
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """For whom a segment lives, from ``keys.owner`` or empty, and how many milliseconds."""
+    """For whom a segment lives, from ``keys.reserver`` or empty, and how many milliseconds."""
 
     owner: str
     lifetime: int
@@ -179,7 +193,16 @@ class _Claim:
     def of(cls, owner: SegmentOwner | None, ttl_s: float) -> _Claim:
         if owner is None:
             return cls("", ttl_ms(ttl_s))
-        return cls(keys.owner(*owner), ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS)
+        return cls(keys.reserver(*owner), ttl_ms(ttl_s) + owners.SEGMENT_GRACE_MS)
+
+
+def _note(node: redis.Redis, key: str, segment_id: str, lifetime: int) -> None:
+    pipeline = node.pipeline(transaction=False)
+    pipeline.sadd(key, segment_id)
+    # GT treats a key without a TTL as one that lives for ever, hence NX first.
+    pipeline.pexpire(key, lifetime, nx=True)
+    pipeline.pexpire(key, lifetime, gt=True)
+    pipeline.execute()
 
 
 def _put(

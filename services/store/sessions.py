@@ -46,12 +46,16 @@ redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
 
-# KEYS: manifest, turn results, turn order. ARGV: expected version, body, lifetime, segments, and,
-# if the turn has a result, its request id and body. Answers {version, created_us}: the new version,
-# or the stored one negated; nothing if it is gone.
+# KEYS: manifest, turn results, turn order, reserved segments. ARGV: expected version, body,
+# lifetime, segments, and, if the turn has a result, its request id and body. Answers {version,
+# created_us, reserved segments, segments of the version before}: the new version, or the stored one
+# negated; nothing if it is gone.
 _COMMIT: Final = f"""
-local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us')
-if not stored[1] then return {{}} end
+local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us', 'segments')
+if not stored[1] then
+  redis.call('DEL', KEYS[4])
+  return {{}}
+end
 if stored[1] ~= ARGV[1] then return {{-tonumber(stored[1]), stored[2]}} end
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('HSET', KEYS[1], 'body', ARGV[2], 'segments', ARGV[4])
@@ -63,15 +67,18 @@ if ARGV[5] then
     redis.call('HDEL', KEYS[2], redis.call('LPOP', KEYS[3]))
   end
 end
-for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[3]) end
-return {{version, stored[2]}}
+for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
+local reserved = redis.call('SMEMBERS', KEYS[4])
+redis.call('DEL', KEYS[4])
+return {{version, stored[2], reserved, stored[3]}}
 """
 
-# KEYS: manifest, turn results, turn order.
+# KEYS: manifest, turn results, turn order, reserved segments.
 _DELETE: Final = """
 local stored = redis.call('HMGET', KEYS[1], 'created_us', 'segments')
+local reserved = redis.call('SMEMBERS', KEYS[4])
 redis.call('DEL', unpack(KEYS))
-return stored
+return {stored[1], stored[2], reserved}
 """
 
 # KEYS: lease, manifest, turn results, turn order. ARGV: token, lifetime. Answers whether the lease
@@ -162,9 +169,15 @@ class RedisSessions(RedisAccounts):
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
         with self._breaker.guard():
-            async with self._owned(tenant, session_id, named, lifetime) as size_bytes:
+            async with (
+                self._unreserved_on_error(tenant, session_id, named),
+                self._owned(tenant, session_id, named, lifetime) as size_bytes,
+            ):
                 answer = await self._commit(
-                    keys=_session_keys(tenant, session_id),
+                    keys=[
+                        *_session_keys(tenant, session_id),
+                        keys.reserved_segments(tenant, session_id),
+                    ],
                     args=[expected_version, body, lifetime, _joined(named), *(result or ())],
                 )
                 if not answer:
@@ -183,7 +196,9 @@ class RedisSessions(RedisAccounts):
                 size_bytes=size_bytes,
                 lifetime=lifetime,
             )
-            await self._release(keys.owner(tenant, session_id), set(dropped_segment_ids) - {*named})
+            dropped = {*dropped_segment_ids, *_split(answer[3])} - {*named}
+            await self._release(keys.owner(tenant, session_id), dropped)
+            await self._release(keys.reserver(tenant, session_id), _decoded(answer[2]))
         return version
 
     async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
@@ -196,23 +211,35 @@ class RedisSessions(RedisAccounts):
     async def delete_manifest(self, tenant: str, session_id: str) -> None:
         """Delete a session, and at once the segments that only it named."""
         with self._breaker.guard():
-            created_us, named = await self._delete(keys=_session_keys(tenant, session_id))
+            created_us, named, reserved = await self._delete(
+                keys=[
+                    *_session_keys(tenant, session_id),
+                    keys.reserved_segments(tenant, session_id),
+                ]
+            )
             if created_us is None:
                 raise _not_found(session_id)
             await self._strike(tenant, session_id, created_us=int(created_us))
             await self._release(keys.owner(tenant, session_id), _split(named))
+            await self._release(keys.reserver(tenant, session_id), _decoded(reserved))
 
     async def release_segments(
         self, tenant: str, session_id: str, segment_ids: Iterable[str]
     ) -> None:
         """Own these segments no longer, unless the session names them; free what nobody owns."""
         with self._breaker.guard():
-            stored = await self._client.execute_command(
-                "HGET", keys.manifest(tenant, session_id), "segments"
+            unnamed = await self._unnamed(tenant, session_id, segment_ids)
+            await self._release(keys.owner(tenant, session_id), unnamed)
+
+    async def release_reserved(self, tenant: str, session_id: str) -> None:
+        """Own no longer what turns reserved and the session does not name."""
+        with self._breaker.guard():
+            reserved = await self._client.execute_command(
+                "SMEMBERS", keys.reserved_segments(tenant, session_id)
             )
-            named = set(_split(stored))
-            dropped = [name for name in dict.fromkeys(segment_ids) if name not in named]
-            await self._release(keys.owner(tenant, session_id), dropped)
+            # They stay noted: a worker that does not know yet may be about to store one of them.
+            unnamed = await self._unnamed(tenant, session_id, _decoded(reserved))
+            await self._release(keys.reserver(tenant, session_id), unnamed)
 
     async def list_sessions(self, tenant: str, *, page_size: int, page_token: str) -> SessionPage:
         """Return a page of sessions."""
@@ -294,6 +321,26 @@ class RedisSessions(RedisAccounts):
             await self.release_segments(tenant, session_id, segment_ids)
             raise
 
+    @asynccontextmanager
+    async def _unreserved_on_error(
+        self, tenant: str, session_id: str, segment_ids: Sequence[str]
+    ) -> AsyncIterator[None]:
+        """If the block fails for sure, free what the turn brought and the session does not name."""
+        try:
+            yield
+        except ServiceError:
+            unnamed = await self._unnamed(tenant, session_id, segment_ids)
+            await self._release(keys.reserver(tenant, session_id), unnamed)
+            raise
+
+    async def _unnamed(self, tenant: str, session_id: str, segment_ids: Iterable[str]) -> list[str]:
+        """Return the segments that the session does not name."""
+        stored = await self._client.execute_command(
+            "HGET", keys.manifest(tenant, session_id), "segments"
+        )
+        named = set(_split(stored))
+        return [name for name in dict.fromkeys(segment_ids) if name not in named]
+
     async def _claim(self, owner: str, segment_ids: Sequence[str], lifetime: int) -> int:
         """Own the segments; return their bytes."""
         lifetime += owners.SEGMENT_GRACE_MS
@@ -368,6 +415,10 @@ def _joined(segment_ids: Sequence[str]) -> str:
 def _split(segments: bytes | None) -> list[str]:
     """Inverse of ``_joined``."""
     return segments.decode().split("\n") if segments else []
+
+
+def _decoded(segment_ids: Iterable[bytes]) -> list[str]:
+    return [segment_id.decode() for segment_id in segment_ids]
 
 
 def _page_token(member: bytes) -> str:

@@ -282,8 +282,10 @@ async def test_twenty_sessions_over_one_prefix_store_and_prefill_it_once(store, 
     assert len(names) == 1 + 20
     with redis.Redis.from_url(valkey_url) as client:
         stored = {name: stored_bytes(client, name) for name in names}
-        num_owner_sets = len(names)
-        assert client.dbsize() == sum(number for number, _ in stored.values()) + num_owner_sets
+        num_owner_sets, num_reserving_sessions = len(names), len(answers)
+        assert client.dbsize() == sum(number for number, _ in stored.values()) + (
+            num_owner_sets + num_reserving_sessions
+        )
     for name, (_, size_bytes) in stored.items():
         assert size_bytes == entries[name].size_bytes + keys.RECORD_SIZE
     assert stored[answers[0].manifest.segments[0].segment_id][1] > 5 * max(

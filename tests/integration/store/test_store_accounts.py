@@ -52,7 +52,7 @@ async def test_a_commit_changes_what_its_session_counts(store: Store):
         )
     with pytest.raises(ConflictError):
         await store.commit_manifest(
-            "default", "s", b"", expected_version=9, ttl_s=TTL_S, segment_ids=["a", "b"]
+            "default", "s", b"", expected_version=9, ttl_s=TTL_S, segment_ids=["b"]
         )
 
     assert await store.usage("default") == TenantUsage(1, 1000)

@@ -214,10 +214,55 @@ async def test_segments_of_a_turn_that_was_not_committed_can_be_released(store: 
     await create(store, "s", "a")
     put(store, "new", session_id="s")
 
-    await store.release_segments("default", "s", ["a", "new", "missing"])
+    await store.release_reserved("default", "s")
 
     assert has(store, "a")
     assert names(server, "new") == []
+
+
+async def test_what_a_worker_stores_after_its_turn_was_given_up_is_freed_by_the_next(
+    store: Store, server
+):
+    put(store, "a")
+    await create(store, "s", "a")
+    put(store, "late", session_id="s")
+    await store.release_reserved("default", "s")
+    put(store, "late", session_id="s")
+
+    await commit(store, "s", "a")
+
+    assert names(server, "late") == []
+    assert not [key for key in server.holders() if key.endswith(":reserved")]
+
+
+async def test_a_deleted_session_frees_what_its_turns_reserved(store: Store, server):
+    await create(store, "s")
+    put(store, "new", session_id="s")
+
+    await store.delete_manifest("default", "s")
+
+    assert server.holders() == {}
+
+
+async def test_what_is_committed_is_not_freed_by_who_gives_the_turn_up(store: Store):
+    await create(store, "s")
+    put(store, "new", session_id="s")
+    await commit(store, "s", "new")
+    put(store, "new", session_id="s")
+
+    await store.release_reserved("default", "s")
+
+    assert has(store, "new")
+
+
+async def test_a_commit_frees_what_the_version_before_named(store: Store):
+    put(store, "a", "b")
+    await create(store, "s", "a", "b")
+
+    await commit(store, "s", "b")
+
+    assert not has(store, "a")
+    assert has(store, "b")
 
 
 async def test_a_damaged_header_of_a_deleted_session_is_freed(store: Store, server):
@@ -427,7 +472,7 @@ async def test_a_new_session_has_no_results_of_an_expired_namesake(store: Store,
 
 async def test_a_renewed_lease_keeps_its_session_its_results_and_its_segments(store: Store, server):
     put(store, "a")
-    await create(store, "s", "a")
+    await create(store, "s")
     await commit_result(store, 1, "r-1", b"one")
     await commit(store, "s", "a", version=2)
     token = await store.acquire_lease("default", "s", ttl_s=600)

@@ -135,6 +135,30 @@ async def test_a_failure_after_the_deadline_is_not_an_internal_error(
     ]
 
 
+async def test_a_write_to_a_caller_who_has_left_is_no_internal_error(
+    stub: Any, scripted: Any, events: Log
+) -> None:
+    has_begun = asyncio.Event()
+
+    async def act(context: Any) -> None:
+        has_begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise grpc.aio.InternalError("Failed to write") from None
+
+    scripted.act = act
+    call = stub.CountTokens(COUNT)
+    await asyncio.wait_for(has_begun.wait(), WAIT_S)
+
+    call.cancel()
+    await events.wait()
+
+    assert [(event["event"], event["code"]) for event in events] == [
+        ("count_tokens.done", "CANCELLED")
+    ]
+
+
 @pytest.mark.parametrize(
     ("timeout_s", "code"), [(None, "CANCELLED"), (DEADLINE_S, "DEADLINE_EXCEEDED")]
 )
