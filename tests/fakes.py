@@ -82,6 +82,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
         self.gate = Gate()
         self.error: Exception | None = None
         self.prefill_error: Exception | None = None
+        self.num_rebuilt_tokens = 0  # on the way, without being asked to
         self.rebuild_requests: list[prefill_pb2.RebuildRequest] = []
 
     async def Rebuild(
@@ -124,6 +125,7 @@ class FakePrefill(prefill_pb2_grpc.PrefillServiceServicer):
             compression_ms=3,
             store_ms=4,
             worker_id=self._worker_id,
+            num_rebuilt_tokens=self.num_rebuilt_tokens,
         )
 
     async def Tokenize(

@@ -162,15 +162,18 @@ class Router:
                 return worker
         return self._less_loaded(found)
 
-    async def pick_compression(self) -> WorkerInfo:
+    async def pick_compression(self, *, exclude: Collection[str] = ()) -> WorkerInfo:
         """Return the compression worker for a request; they have no model.
+
+        Args:
+            exclude: Ids of workers that were tried already.
 
         Raises:
             UnavailableError: None lives (``NO_COMPRESSION_WORKER``).
         """
 
         def fits(worker: WorkerInfo) -> bool:
-            return worker.role == "compression"
+            return worker.role == "compression" and worker.worker_id not in exclude
 
         found = [worker for worker in await self._living(fits) if fits(worker)]
         if not found:

@@ -20,8 +20,9 @@ from services.gateway.manifests import (
 from services.gateway.quotas import Quotas
 from services.gateway.routing import Router
 from services.gateway.transfer import export_session, import_session
-from services.runtime.errors import NotFoundError
+from services.runtime.errors import NotFoundError, UnavailableError
 from services.runtime.interceptors import ServicerContext
+from services.runtime.status import WORKER_UNAVAILABLE
 from services.runtime.telemetry import add_request_fields
 from services.store.base import Store, StoredManifest
 from services.store.lease import completed, turn_lease
@@ -135,9 +136,7 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         add_request_fields(session_id=request.session_id)
         remaining_s = context.time_remaining()
 
-        worker = await self._router.pick_compression()
-        done = await self._channels.compress(
-            worker,
+        done = await self._compress(
             compression_pb2.CompressRequest(
                 tenant=self._tenant,
                 session_id=request.session_id,
@@ -152,6 +151,24 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             original_bytes=done.original_bytes,
             original_kept_tokens=done.original_kept_tokens,
         )
+
+    async def _compress(
+        self, request: compression_pb2.CompressRequest, *, timeout_s: float
+    ) -> compression_pb2.CompressResponse:
+        """Ask one compression worker after another, until one can be reached."""
+        tried: list[str] = []
+        worker = await self._router.pick_compression()
+        while True:
+            try:
+                return await self._channels.compress(worker, request, timeout_s=timeout_s)
+            except UnavailableError as error:
+                if error.error_reason != WORKER_UNAVAILABLE:
+                    raise
+                tried.append(worker.worker_id)
+                try:
+                    worker = await self._router.pick_compression(exclude=tried)
+                except UnavailableError:
+                    raise error from None
 
     async def ExportSession(
         self, request: session_pb2.ExportSessionRequest, context: ServicerContext

@@ -413,6 +413,7 @@ def _prompt_info(prompt: _Prompt, started: decode_pb2.DecodeStarted) -> inferenc
     num_cached = num_cached_tokens(manifest)
     num_rebuilt = prompt.rebuilt.num_rebuilt_tokens if prompt.rebuilt else 0
     num_computed = prefilled.num_prefilled_tokens + num_rebuilt
+    num_rebuilt += prefilled.num_rebuilt_tokens  # which are among the prefilled ones
     num_reused = max(num_cached - num_computed, 0)
     return inference_pb2.PromptInfo(
         request_id=current_request_id(),

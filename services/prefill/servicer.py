@@ -157,11 +157,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             except (NotFoundError, CorruptError):
                 if len(manifest.segments) == num_stored:
                     raise  # the session itself is damaged; whoever has it rebuilt, says so
-                # A prefix that was found by its name. No session that is stored names it.
+                # A prefix that was found by its name: no session that is stored need name it.
                 rebuilt = await self._rebuilder.rebuild(manifest)
                 del manifest.segments[:]
                 manifest.segments.extend(rebuilt.segments)
                 response.num_prefilled_tokens += rebuilt.num_rebuilt_tokens
+                response.num_rebuilt_tokens += rebuilt.num_rebuilt_tokens
                 response.num_shared_tokens -= rebuilt.num_rebuilt_tokens
                 response.prefill_ms += rebuilt.prefill_ms
                 made, is_shared = await self._segment(manifest, span)

@@ -155,6 +155,35 @@ async def test_without_a_compression_worker_it_is_unavailable(cluster: FakeClust
     assert error.error_reason == "NO_COMPRESSION_WORKER"
 
 
+async def test_a_worker_that_is_gone_is_replaced_by_another(
+    cluster: FakeCluster, unused_tcp_port: int
+):
+    await store_session(cluster.store, "s-1")
+    await add_compression(cluster)
+    for number in range(2):
+        await cluster.announce(
+            "compression",
+            f"127.0.0.1:{unused_tcp_port}",
+            worker_id=f"gone-{number}",
+            model="",
+            fingerprint="",
+        )
+
+    done = [await compress(cluster, INT8), await compress(cluster, INT8)]
+
+    assert done[0].session.stored_bytes < done[0].original_bytes
+    assert done[1].session.stored_bytes == done[1].original_bytes  # it was done before
+
+
+async def test_if_all_workers_are_gone_it_is_unavailable(
+    cluster: FakeCluster, unused_tcp_port: int
+):
+    await store_session(cluster.store, "s-1")
+    await cluster.announce("compression", f"127.0.0.1:{unused_tcp_port}", model="", fingerprint="")
+
+    assert (await fails(cluster, INT8)).error_reason == "WORKER_UNAVAILABLE"
+
+
 @pytest.mark.parametrize(
     ("fields", "at_fault"),
     [

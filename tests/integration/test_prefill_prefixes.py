@@ -142,6 +142,9 @@ async def test_a_prefix_that_is_found_and_damaged_is_mended_on_the_way(
     third = await stub.Prefill(other)
 
     assert second.num_prefilled_tokens == PREFIX_LEN + QUESTION_LEN
+    # One that is not complete is not found, and so is not known to have been there.
+    assert second.num_rebuilt_tokens == (0 if damage == "part_gone" else PREFIX_LEN)
+    assert third.num_rebuilt_tokens == 0
     assert second.num_shared_tokens == 0
     assert second.manifest.segments[0] == first.manifest.segments[0]
     assert third.num_shared_tokens == PREFIX_LEN + QUESTION_LEN

@@ -26,7 +26,7 @@ from chunkserve.v1 import manifest_pb2 as chunkserve_dot_v1_dot_manifest__pb2
 from chunkserve.v1 import types_pb2 as chunkserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkserve/v1/prefill.proto\x12\rchunkserve.v1\x1a\x1c\x63hunkserve/v1/manifest.proto\x1a\x19\x63hunkserve/v1/types.proto\"\xfc\x01\n\x0ePrefillRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x12\x35\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x17\n\x0fmin_free_tokens\x18\x06 \x01(\x05\x42\x07\n\x05input\"\xcb\x02\n\x0fPrefillResponse\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12\x16\n\x0enum_new_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14num_prefilled_tokens\x18\x03 \x01(\x05\x12\x1f\n\x17\x66ull_kv_bytes_per_token\x18\x04 \x01(\x05\x12\x13\n\x0btokenize_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\x12\x16\n\x0e\x63ompression_ms\x18\x07 \x01(\x01\x12\x10\n\x08store_ms\x18\x08 \x01(\x01\x12\x11\n\tworker_id\x18\t \x01(\t\x12\x35\n\x0b\x63ompression\x18\n \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x19\n\x11num_shared_tokens\x18\x0b \x01(\x05\";\n\x0eRebuildRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\"\x7f\n\x0fRebuildResponse\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12\x1a\n\x12num_rebuilt_tokens\x18\x02 \x01(\x05\x12\x12\n\nprefill_ms\x18\x03 \x01(\x01\x12\x11\n\tworker_id\x18\x04 \x01(\t\"\x82\x01\n\x0fTokenizeRequest\x12(\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x32\xf1\x01\n\x0ePrefillService\x12H\n\x07Prefill\x12\x1d.chunkserve.v1.PrefillRequest\x1a\x1e.chunkserve.v1.PrefillResponse\x12H\n\x07Rebuild\x12\x1d.chunkserve.v1.RebuildRequest\x1a\x1e.chunkserve.v1.RebuildResponse\x12K\n\x08Tokenize\x12\x1e.chunkserve.v1.TokenizeRequest\x1a\x1f.chunkserve.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkserve/v1/prefill.proto\x12\rchunkserve.v1\x1a\x1c\x63hunkserve/v1/manifest.proto\x1a\x19\x63hunkserve/v1/types.proto\"\xfc\x01\n\x0ePrefillRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x12\x35\n\x0b\x63ompression\x18\x05 \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x17\n\x0fmin_free_tokens\x18\x06 \x01(\x05\x42\x07\n\x05input\"\xe7\x02\n\x0fPrefillResponse\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12\x16\n\x0enum_new_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14num_prefilled_tokens\x18\x03 \x01(\x05\x12\x1f\n\x17\x66ull_kv_bytes_per_token\x18\x04 \x01(\x05\x12\x13\n\x0btokenize_ms\x18\x05 \x01(\x01\x12\x12\n\nprefill_ms\x18\x06 \x01(\x01\x12\x16\n\x0e\x63ompression_ms\x18\x07 \x01(\x01\x12\x10\n\x08store_ms\x18\x08 \x01(\x01\x12\x11\n\tworker_id\x18\t \x01(\t\x12\x35\n\x0b\x63ompression\x18\n \x01(\x0b\x32 .chunkserve.v1.CompressionPolicy\x12\x19\n\x11num_shared_tokens\x18\x0b \x01(\x05\x12\x1a\n\x12num_rebuilt_tokens\x18\x0c \x01(\x05\";\n\x0eRebuildRequest\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\"\x7f\n\x0fRebuildResponse\x12)\n\x08manifest\x18\x01 \x01(\x0b\x32\x17.chunkserve.v1.Manifest\x12\x1a\n\x12num_rebuilt_tokens\x18\x02 \x01(\x05\x12\x12\n\nprefill_ms\x18\x03 \x01(\x01\x12\x11\n\tworker_id\x18\x04 \x01(\t\"\x82\x01\n\x0fTokenizeRequest\x12(\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x18.chunkserve.v1.ChatInputH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.chunkserve.v1.TokenIdsH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x32\xf1\x01\n\x0ePrefillService\x12H\n\x07Prefill\x12\x1d.chunkserve.v1.PrefillRequest\x1a\x1e.chunkserve.v1.PrefillResponse\x12H\n\x07Rebuild\x12\x1d.chunkserve.v1.RebuildRequest\x1a\x1e.chunkserve.v1.RebuildResponse\x12K\n\x08Tokenize\x12\x1e.chunkserve.v1.TokenizeRequest\x1a\x1f.chunkserve.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLREQUEST']._serialized_start=104
   _globals['_PREFILLREQUEST']._serialized_end=356
   _globals['_PREFILLRESPONSE']._serialized_start=359
-  _globals['_PREFILLRESPONSE']._serialized_end=690
-  _globals['_REBUILDREQUEST']._serialized_start=692
-  _globals['_REBUILDREQUEST']._serialized_end=751
-  _globals['_REBUILDRESPONSE']._serialized_start=753
-  _globals['_REBUILDRESPONSE']._serialized_end=880
-  _globals['_TOKENIZEREQUEST']._serialized_start=883
-  _globals['_TOKENIZEREQUEST']._serialized_end=1013
-  _globals['_TOKENIZERESPONSE']._serialized_start=1015
-  _globals['_TOKENIZERESPONSE']._serialized_end=1052
-  _globals['_PREFILLSERVICE']._serialized_start=1055
-  _globals['_PREFILLSERVICE']._serialized_end=1296
+  _globals['_PREFILLRESPONSE']._serialized_end=718
+  _globals['_REBUILDREQUEST']._serialized_start=720
+  _globals['_REBUILDREQUEST']._serialized_end=779
+  _globals['_REBUILDRESPONSE']._serialized_start=781
+  _globals['_REBUILDRESPONSE']._serialized_end=908
+  _globals['_TOKENIZEREQUEST']._serialized_start=911
+  _globals['_TOKENIZEREQUEST']._serialized_end=1041
+  _globals['_TOKENIZERESPONSE']._serialized_start=1043
+  _globals['_TOKENIZERESPONSE']._serialized_end=1080
+  _globals['_PREFILLSERVICE']._serialized_start=1083
+  _globals['_PREFILLSERVICE']._serialized_end=1324
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., chat: _Optional[_Union[_types_pb2.ChatInput, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_types_pb2.TokenIds, _Mapping]] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., min_free_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("manifest", "num_new_tokens", "num_prefilled_tokens", "full_kv_bytes_per_token", "tokenize_ms", "prefill_ms", "compression_ms", "store_ms", "worker_id", "compression", "num_shared_tokens")
+    __slots__ = ("manifest", "num_new_tokens", "num_prefilled_tokens", "full_kv_bytes_per_token", "tokenize_ms", "prefill_ms", "compression_ms", "store_ms", "worker_id", "compression", "num_shared_tokens", "num_rebuilt_tokens")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     NUM_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class PrefillResponse(_message.Message):
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REBUILT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     manifest: _manifest_pb2.Manifest
     num_new_tokens: int
     num_prefilled_tokens: int
@@ -48,7 +49,8 @@ class PrefillResponse(_message.Message):
     worker_id: str
     compression: _types_pb2.CompressionPolicy
     num_shared_tokens: int
-    def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., num_new_tokens: _Optional[int] = ..., num_prefilled_tokens: _Optional[int] = ..., full_kv_bytes_per_token: _Optional[int] = ..., tokenize_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., compression_ms: _Optional[float] = ..., store_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., num_shared_tokens: _Optional[int] = ...) -> None: ...
+    num_rebuilt_tokens: int
+    def __init__(self, manifest: _Optional[_Union[_manifest_pb2.Manifest, _Mapping]] = ..., num_new_tokens: _Optional[int] = ..., num_prefilled_tokens: _Optional[int] = ..., full_kv_bytes_per_token: _Optional[int] = ..., tokenize_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., compression_ms: _Optional[float] = ..., store_ms: _Optional[float] = ..., worker_id: _Optional[str] = ..., compression: _Optional[_Union[_types_pb2.CompressionPolicy, _Mapping]] = ..., num_shared_tokens: _Optional[int] = ..., num_rebuilt_tokens: _Optional[int] = ...) -> None: ...
 
 class RebuildRequest(_message.Message):
     __slots__ = ("manifest",)

@@ -173,6 +173,17 @@ async def test_lost_kv_is_computed_again_once(
     assert info.num_reused_tokens + info.num_prefilled_tokens == info.num_prompt_tokens
 
 
+async def test_what_prefill_computed_again_by_itself_is_told(cluster: FakeCluster) -> None:
+    prefill = await cluster.add_prefill()
+    await cluster.add_decode()
+    prefill.num_rebuilt_tokens = 3
+
+    info = (await cluster.generate("Hello"))[0].prompt_info
+
+    assert (info.rebuilt, info.num_rebuilt_tokens) == (True, 3)
+    assert info.num_reused_tokens + info.num_prefilled_tokens == info.num_prompt_tokens == 5
+
+
 async def test_lost_kv_that_stays_lost_is_an_error(cluster: FakeCluster) -> None:
     prefill = await cluster.add_prefill()
     decode = await cluster.add_decode()
