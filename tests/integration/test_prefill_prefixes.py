@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 
 import grpc
@@ -104,6 +105,33 @@ async def test_several_marks_end_several_segments_each_compressed_on_top_of_the_
             for layer, own_layer in zip(kv.layers, own.layers, strict=True):
                 assert torch.equal(layer.positions, own_layer.positions)
                 torch.testing.assert_close(layer.keys, own_layer.keys, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked_scorer", "name"),
+    [(types_pb2.SCORER_RECONSTRUCTION, "reconstruction"), (types_pb2.SCORER_KEY_DIFF, "key_diff")],
+)
+async def test_a_prefix_is_compressed_by_a_scorer_that_knows_no_question(
+    stub, store, asked_scorer, name
+):
+    request = asked(("system", BOOK, True), ("user", QUESTION, False))
+    request.compression.prefix_scorer = asked_scorer
+
+    answer = await stub.Prefill(request)
+
+    prefix, rest = answer.manifest.segments
+    assert prefix.compression.scorer == asked_scorer
+    assert rest.compression.scorer == types_pb2.SCORER_WINDOW
+    loaded = chatty()
+    new_ids = torch.tensor([list(answer.manifest.token_ids)[:PREFIX_LEN]])
+    prefilled = chunkkv.run_prefill(loaded.model, new_ids, window_size=4)
+    if name == "reconstruction":
+        prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
+    [expected] = chunkkv.compress(prefilled, dataclasses.replace(POLICY, scorer=name))
+    lent = fetched_segments(store, [prefix], fingerprint=loaded.fingerprint, pool=ReceivePool())
+    with lent as fetched:
+        for layer, own in zip(fetched.kv[0].layers, expected.layers, strict=True):
+            assert torch.equal(layer.positions, own.positions)
 
 
 @pytest.mark.parametrize("num_known", [1, 2], ids=["one_prefix_known", "both_known"])
