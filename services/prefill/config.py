@@ -32,7 +32,8 @@ class PrefillSettings(ServiceSettings):
         ephemeral_ttl_s: Seconds that the segments of one-off requests live if nobody deletes them.
         segment_lease_s: Seconds after the death of a worker until another one computes the segment
             that it was computing.
-        prefix_scorer: Default policy: scorer of prefixes that end with a ``cache_breakpoint``.
+        prefix_scorer: Default policy: scorer of prefixes that end with a ``cache_breakpoint``. One
+            that knows no question: those are yet to come.
         keep_ratio: Default policy: fraction of tokens to keep.
         scope: Default policy: who shares a list of positions.
         chunk_size: Default policy: tokens in a chunk.
@@ -54,7 +55,7 @@ class PrefillSettings(ServiceSettings):
     queue_size: int = Field(default=16, ge=0)
     ephemeral_ttl_s: float = Field(default=600, gt=0, allow_inf_nan=False)
     segment_lease_s: float = Field(default=10, gt=0, allow_inf_nan=False)
-    prefix_scorer: Scorer = "window"
+    prefix_scorer: Scorer = "key_diff"
     keep_ratio: float = Field(default=0.3, gt=0, le=1)
     scope: Literal["head", "layer", "group", "global"] = "layer"
     chunk_size: int = Field(default=20, ge=1)
