@@ -170,6 +170,7 @@ class RedisSessions(RedisAccounts):
         named = list(dict.fromkeys(segment_ids))
         with self._breaker.guard():
             async with (
+                self._conflict_first(tenant, session_id, expected_version),
                 self._unreserved_on_error(tenant, session_id, named),
                 self._owned(tenant, session_id, named, lifetime) as size_bytes,
             ):
@@ -184,11 +185,7 @@ class RedisSessions(RedisAccounts):
                     raise _not_found(session_id)
                 version, created_us = int(answer[0]), int(answer[1])
                 if version < 0:
-                    raise ConflictError(
-                        f"session {session_id} was changed by another turn: version {-version} is"
-                        f" stored, {expected_version} was expected; send the turn again",
-                        resource=("session", session_id),
-                    )
+                    raise _conflict(session_id, -version, expected_version)
             await self._enlist(
                 tenant,
                 session_id,
@@ -322,6 +319,20 @@ class RedisSessions(RedisAccounts):
             raise
 
     @asynccontextmanager
+    async def _conflict_first(
+        self, tenant: str, session_id: str, expected_version: int
+    ) -> AsyncIterator[None]:
+        """Let a conflict be told as one, also where the other turn freed what ours had reserved."""
+        try:
+            yield
+        except NotFoundError:
+            key = keys.manifest(tenant, session_id)
+            version = await self._client.execute_command("HGET", key, "version")
+            if version is not None and int(version) != expected_version:
+                raise _conflict(session_id, int(version), expected_version) from None
+            raise
+
+    @asynccontextmanager
     async def _unreserved_on_error(
         self, tenant: str, session_id: str, segment_ids: Sequence[str]
     ) -> AsyncIterator[None]:
@@ -441,5 +452,13 @@ def _not_found(session_id: str) -> NotFoundError:
     return NotFoundError(
         f"session {session_id} does not exist, or has expired",
         reason="SESSION_NOT_FOUND",
+        resource=("session", session_id),
+    )
+
+
+def _conflict(session_id: str, version: int, expected_version: int) -> ConflictError:
+    return ConflictError(
+        f"session {session_id} was changed by another turn: version {version} is stored, "
+        f"{expected_version} was expected; send the turn again",
         resource=("session", session_id),
     )
