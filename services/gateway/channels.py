@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterator
 from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
 
 import grpc.aio
 
@@ -24,6 +25,8 @@ from services.runtime.interceptors import request_id_metadata
 from services.runtime.server import open_channel
 from services.runtime.status import from_rpc_error
 from services.store.base import WorkerInfo
+
+_Response = TypeVar("_Response")
 
 
 class WorkerChannels:
@@ -43,39 +46,27 @@ class WorkerChannels:
     ) -> prefill_pb2.PrefillResponse:
         """Call ``Prefill``; raises what the worker raised, or ``UnavailableError``."""
         with self._use(worker.address) as channel:
-            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-            try:
-                return await stub.Prefill(
-                    request, timeout=timeout_s, metadata=request_id_metadata()
-                )
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+            return await _answer(
+                prefill_pb2_grpc.PrefillServiceStub(channel).Prefill, request, timeout_s
+            )
 
     async def rebuild(
         self, worker: WorkerInfo, request: prefill_pb2.RebuildRequest, *, timeout_s: float
     ) -> prefill_pb2.RebuildResponse:
         """Call ``Rebuild``; raises what the worker raised, or ``UnavailableError``."""
         with self._use(worker.address) as channel:
-            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-            try:
-                return await stub.Rebuild(
-                    request, timeout=timeout_s, metadata=request_id_metadata()
-                )
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+            return await _answer(
+                prefill_pb2_grpc.PrefillServiceStub(channel).Rebuild, request, timeout_s
+            )
 
     async def tokenize(
         self, worker: WorkerInfo, request: prefill_pb2.TokenizeRequest, *, timeout_s: float
     ) -> prefill_pb2.TokenizeResponse:
         """Call ``Tokenize``; raises what the worker raised, or ``UnavailableError``."""
         with self._use(worker.address) as channel:
-            stub = prefill_pb2_grpc.PrefillServiceStub(channel)
-            try:
-                return await stub.Tokenize(
-                    request, timeout=timeout_s, metadata=request_id_metadata()
-                )
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+            return await _answer(
+                prefill_pb2_grpc.PrefillServiceStub(channel).Tokenize, request, timeout_s
+            )
 
     async def compress(
         self,
@@ -86,13 +77,9 @@ class WorkerChannels:
     ) -> compression_pb2.CompressResponse:
         """Call ``Compress``; raises what the worker raised, or ``UnavailableError``."""
         with self._use(worker.address) as channel:
-            stub = compression_pb2_grpc.CompressionServiceStub(channel)
-            try:
-                return await stub.Compress(
-                    request, timeout=timeout_s, metadata=request_id_metadata()
-                )
-            except grpc.aio.AioRpcError as error:
-                raise from_rpc_error(error) from error
+            return await _answer(
+                compression_pb2_grpc.CompressionServiceStub(channel).Compress, request, timeout_s
+            )
 
     async def decode(
         self, worker: WorkerInfo, request: decode_pb2.DecodeRequest, *, timeout_s: float
@@ -138,3 +125,12 @@ class WorkerChannels:
             self._num_calls[address] -= 1
             if not self._num_calls[address]:
                 del self._num_calls[address]
+
+
+async def _answer(
+    method: grpc.aio.UnaryUnaryMultiCallable[Any, _Response], request: Any, timeout_s: float
+) -> _Response:
+    try:
+        return await method(request, timeout=timeout_s, metadata=request_id_metadata())
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error

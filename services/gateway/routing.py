@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Final, Literal
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final, Literal, TypeVar
 
 from chunkserve.v1 import inference_pb2, types_pb2
 from services.runtime.errors import (
@@ -24,6 +24,8 @@ from services.runtime.errors import (
 from services.store.base import Registry, WorkerInfo
 
 Role = Literal["prefill", "decode", "compression"]
+
+_Answer = TypeVar("_Answer")
 
 _RETRY_AFTER_S: Final = 1.0
 _NO_WORKER: Final = {
@@ -259,6 +261,35 @@ class Router:
         """Return the fraction of the worker's slots that are taken, 1 or more if all are."""
         num_active = max(worker.num_active, self._num_calls(worker.address))
         return num_active / max(worker.num_slots, 1)
+
+
+async def ask_one_after_another(
+    pick: Callable[..., Awaitable[WorkerInfo]],
+    ask: Callable[[WorkerInfo], Awaitable[_Answer]],
+    *,
+    may_go_elsewhere: Callable[[ServiceError], bool],
+) -> _Answer:
+    """Return the answer of the first worker that gives one, each tried once.
+
+    Args:
+        pick: Chooses a worker, not one of ``exclude``.
+        ask: Asks it.
+        may_go_elsewhere: Whether another worker may do better after this error. If there is no
+            other, the error stands.
+    """
+    tried: list[str] = []
+    worker = await pick()
+    while True:
+        try:
+            return await ask(worker)
+        except ServiceError as error:
+            if not may_go_elsewhere(error):
+                raise
+            tried.append(worker.worker_id)
+            try:
+                worker = await pick(exclude=tried)
+            except UnavailableError:
+                raise error from None
 
 
 def _describe(*workers: WorkerInfo) -> inference_pb2.Model:

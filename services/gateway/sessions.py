@@ -18,9 +18,9 @@ from services.gateway.manifests import (
     session_of,
 )
 from services.gateway.quotas import Quotas
-from services.gateway.routing import Router
+from services.gateway.routing import Router, ask_one_after_another
 from services.gateway.transfer import export_session, import_session
-from services.runtime.errors import NotFoundError, UnavailableError
+from services.runtime.errors import NotFoundError
 from services.runtime.interceptors import ServicerContext
 from services.runtime.status import WORKER_UNAVAILABLE
 from services.runtime.telemetry import add_request_fields
@@ -156,19 +156,11 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         self, request: compression_pb2.CompressRequest, *, timeout_s: float
     ) -> compression_pb2.CompressResponse:
         """Ask one compression worker after another, until one can be reached."""
-        tried: list[str] = []
-        worker = await self._router.pick_compression()
-        while True:
-            try:
-                return await self._channels.compress(worker, request, timeout_s=timeout_s)
-            except UnavailableError as error:
-                if error.error_reason != WORKER_UNAVAILABLE:
-                    raise
-                tried.append(worker.worker_id)
-                try:
-                    worker = await self._router.pick_compression(exclude=tried)
-                except UnavailableError:
-                    raise error from None
+        return await ask_one_after_another(
+            self._router.pick_compression,
+            lambda worker: self._channels.compress(worker, request, timeout_s=timeout_s),
+            may_go_elsewhere=lambda error: error.error_reason == WORKER_UNAVAILABLE,
+        )
 
     async def ExportSession(
         self, request: session_pb2.ExportSessionRequest, context: ServicerContext

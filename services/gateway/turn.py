@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, types_pb2
 from services.gateway.channels import WorkerChannels
 from services.gateway.manifests import num_cached_tokens
-from services.gateway.routing import Router
+from services.gateway.routing import Router, ask_one_after_another
 from services.runtime.errors import (
     ConflictError,
     CorruptError,
@@ -216,18 +216,8 @@ class TurnRunner:
     async def _ask_prefill_worker(
         self, model: str, fingerprint: str, ask: Callable[[WorkerInfo], Awaitable[_Answer]]
     ) -> _Answer:
-        tried: list[str] = []
-        worker = await self._router.pick_prefill(model, fingerprint=fingerprint)
-        while True:
-            try:
-                return await ask(worker)
-            except ServiceError as error:
-                if not _may_go_elsewhere(error):
-                    raise
-                tried.append(worker.worker_id)
-                worker = await _other_worker(
-                    self._router.pick_prefill(model, fingerprint=fingerprint, exclude=tried), error
-                )
+        pick = partial(self._router.pick_prefill, model, fingerprint=fingerprint)
+        return await ask_one_after_another(pick, ask, may_go_elsewhere=_may_go_elsewhere)
 
     async def _decode(self, relay: _Relay) -> types_pb2.Finish:
         gone: set[str] = set()
@@ -452,14 +442,6 @@ def _may_go_elsewhere(error: ServiceError) -> bool:
     """Whether another worker may do better: this one is unreachable or full. The store is one."""
     is_full = isinstance(error, OverloadedError) and error.error_reason != _STORE_FULL
     return is_full or error.error_reason in _WORKER_GONE
-
-
-async def _other_worker(pick: Awaitable[WorkerInfo], error: ServiceError) -> WorkerInfo:
-    """Return another worker after ``error``; without one, the error stands."""
-    try:
-        return await pick
-    except UnavailableError:
-        raise error from None
 
 
 def _copy_input(
