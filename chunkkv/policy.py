@@ -6,15 +6,25 @@ Knows ranges and integer budgets; sees no tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final, Literal, get_args
 
 from chunkkv.errors import InvalidPolicyError
 
-Scorer = Literal["window", "reconstruction", "key_diff"]
-Unit = Literal["chunk", "token"]
+Scorer = Literal[
+    "window",
+    "reconstruction",
+    "key_diff",
+    "heavy_hitter",
+    "recency",
+    "expected_attention",
+    "key_norm",
+]
+Unit = Literal["chunk", "token", "sentence"]
 Scope = Literal["head", "layer", "group", "global"]
+Spread = Literal["uniform", "pyramid", "adaptive"]
 Precision = Literal["native", "fp8", "int8", "int4"]
 
 DEFAULT_KEEP_RATIO: Final = 0.3
@@ -27,7 +37,7 @@ _LEAST_RATIO: Final = (1 - 2**-24) / _MAX_DENOMINATOR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionPolicy:
-    """How much is kept, and how it is chosen.
+    """How much is kept, how it is chosen, and how it is stored.
 
     The observation window and the sink are inside the budget: a budget smaller than the window
     keeps the last tokens of it, what the window leaves goes to the sink, and only the rest is
@@ -39,17 +49,33 @@ class CompressionPolicy:
         max_kept_tokens: Number of tokens to keep at most, at least 1.
         scorer: ``window``: attention of the last ``window_size`` tokens (ChunkKV, SnapKV);
             ``reconstruction``: attention while the model repeats the text (KVzip); ``key_diff``:
-            how little a key resembles the average one (KeyDiff).
+            how little a key resembles the average one (KeyDiff); ``heavy_hitter``: attention of
+            all tokens, accumulated (H2O); ``recency``: the later, the higher (StreamingLLM);
+            ``expected_attention``: of queries to come, by the statistics of those seen;
+            ``key_norm``: the smaller a key's norm, the higher.
         unit: ``chunk``: ``chunk_size`` neighbouring tokens are kept or dropped together
-            (ChunkKV); ``token``: each by itself (SnapKV).
+            (ChunkKV); ``token``: each by itself (SnapKV); ``sentence``: the tokens of a sentence,
+            of which a longer one than ``chunk_size`` makes several.
         scope: Who shares one list of positions: ``head`` (nobody), ``layer`` (its KV heads),
             ``group`` (``reuse_interval`` neighbouring layers use the first one's list),
             ``global`` (all layers, by the sum of their scores).
+        spread: How the budget is shared out between lists: ``uniform`` (equally); ``pyramid``
+            (less in each deeper layer: PyramidKV); ``adaptive`` (the units of all lists compete in
+            one ranking: AdaKV, KVzip). Other than ``uniform`` needs scope ``head`` or ``layer``.
         chunk_size: Tokens in a chunk, at least 1.
         window_size: Trailing tokens that are kept, and with ``window`` score the others, at least
             1.
         sink_tokens: Leading tokens that are kept, at least 0.
         reuse_interval: Layers that share one list with scope ``group``, at least 1.
+        pool_size: Tokens that the ``window`` scorer's scores are averaged over, odd; 1: none
+            (SnapKV takes 5 or 7).
+        head_floor: With ``adaptive``: fraction of an equal share that every list is given before
+            the ranking, in ``[0, 1]``.
+        gating: With chunks and sentences: where the scores in a unit are so concentrated that
+            their entropy is below this fraction of its maximum, only the best tokens of the unit
+            are kept with it; in ``[0, 1]``, 0: never.
+        merge_layers: Store neighbouring layers of the deeper half as one direction with norms of
+            their own (MiniCache); needs lists that these layers share, or keep_ratio 1.
         precision: How kept keys and values are stored (``chunkkv.quantization``); ``native``: as
             the model computed them.
 
@@ -65,10 +91,15 @@ class CompressionPolicy:
     scorer: Scorer = "window"
     unit: Unit = "chunk"
     scope: Scope = "layer"
+    spread: Spread = "uniform"
     chunk_size: int = 20
     window_size: int = 16
     sink_tokens: int = 4
     reuse_interval: int = 2
+    pool_size: int = 1
+    head_floor: float = 0.0
+    gating: float = 0.0
+    merge_layers: bool = False
     precision: Precision = "native"
 
     def __post_init__(self) -> None:
@@ -95,6 +126,18 @@ class CompressionPolicy:
                 raise InvalidPolicyError(
                     f"{name} is {value!r}; give an integer of at least {least}"
                 )
+        if self.pool_size % 2 == 0:
+            raise InvalidPolicyError(f"pool_size is {self.pool_size}; give an odd number")
+        for name in _FRACTIONS:
+            value = getattr(self, name)
+            # NaN fails the comparison.
+            if isinstance(value, bool) or not 0 <= value <= 1:
+                raise InvalidPolicyError(f"{name} is {value!r}; give a number from 0 to 1")
+        if self.spread != "uniform" and self.scope not in ("head", "layer"):
+            raise InvalidPolicyError(
+                f"spread is {self.spread!r} and scope {self.scope!r}; "
+                "a budget that differs between layers needs scope head or layer"
+            )
 
     def budget(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` (at least 1) tokens are kept, exactly."""
@@ -104,8 +147,8 @@ class CompressionPolicy:
 
     @property
     def ranked_tokens(self) -> int:
-        """Tokens that are kept or dropped together."""
-        return self.chunk_size if self.unit == "chunk" else 1
+        """Tokens that are kept or dropped together, at most."""
+        return 1 if self.unit == "token" else self.chunk_size
 
     def canonical(self) -> str:
         """Return a string that names what this policy chooses.
@@ -122,17 +165,33 @@ class CompressionPolicy:
         if scope == "group":
             scope = f"group/{self.reuse_interval}" if self.reuse_interval > 1 else "layer"
         # Names that were given before there was a choice stay what they were.
-        precision = f" precision={self.precision}" if self.precision != "native" else ""
         return (
             f"{budget} scorer={self.scorer} unit={self.ranked_tokens} scope={scope} "
-            f"window={self.window_size} sink={self.sink_tokens}{precision}"
+            f"window={self.window_size} sink={self.sink_tokens}{''.join(self._later_names())}"
         )
+
+    def _later_names(self) -> Iterator[str]:
+        if self.unit == "sentence":
+            yield " cut=sentence"
+        if self.spread != "uniform":
+            yield f" spread={self.spread}"
+        if self.spread == "adaptive" and self.head_floor > 0:
+            yield f" floor={_fraction(self.head_floor)}"
+        if self.scorer == "window" and self.pool_size > 1:
+            yield f" pool={self.pool_size}"
+        if self.ranked_tokens > 1 and self.gating > 0:
+            yield f" gating={_fraction(self.gating)}"
+        if self.merge_layers:
+            yield " merge=layers"
+        if self.precision != "native":
+            yield f" precision={self.precision}"
 
 
 _CHOICES: Final[dict[str, Any]] = {
     "scorer": Scorer,
     "unit": Unit,
     "scope": Scope,
+    "spread": Spread,
     "precision": Precision,
 }
 _LEAST: Final = {
@@ -141,7 +200,9 @@ _LEAST: Final = {
     "window_size": 1,
     "sink_tokens": 0,
     "reuse_interval": 1,
+    "pool_size": 1,
 }
+_FRACTIONS: Final = ("head_floor", "gating")
 
 
 def _is_ratio(value: object) -> bool:
