@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_selection import slow_positions
+from slow_selection import slow_rows
 
 from chunkkv import (
     CompressedKV,
@@ -60,13 +60,13 @@ def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
                 LayerShape((kept,) * NUM_HEADS, DIM, DIM, which)
                 for which in selection.list_of_layer
             ),
-            index_lengths=tuple(rows.numel() for rows in selection.lists),
+            index_lengths=tuple(sum(map(len, rows)) for rows in selection.lists),
             has_scores=True,
         )
     )
     for index, view in enumerate(span.layers):
         which = selection.list_of_layer[index]
-        rows = selection.lists[which]
+        rows = torch.stack(selection.lists[which])
         view.positions.copy_(rows.flatten() + FIRST_TOKEN)
         assert view.scores is not None
         view.scores.copy_(shared[which].gather(1, rows).flatten())
@@ -135,8 +135,8 @@ def test_a_whole_list_is_chosen_from_as_the_slow_reference_does(
 
     found = recompress(span, max_kept_tokens=budget)
 
-    expected = slow_positions(
-        scores.tolist(), budget, unit_tokens=unit, window_size=window, sink_tokens=sink
+    [expected] = slow_rows(
+        [scores.tolist()], [budget], unit_tokens=unit, window_size=window, sink_tokens=sink
     )
     assert (found.layers[0].positions - FIRST_TOKEN).tolist() == expected
 
