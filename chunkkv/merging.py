@@ -56,12 +56,15 @@ def merge(first: torch.Tensor, second: torch.Tensor, lengths: Sequence[int]) -> 
         second: The deeper layer's, likewise.
         lengths: Rows of each KV head.
     """
-    (first_norms, one), (second_norms, other) = _polar(first), _polar(second)
-    one = torch.where(first_norms[:, None] > 0, one, other)
-    other = torch.where(second_norms[:, None] > 0, other, one)
-    angles = _angles(one, other)
-    directions = _between(one, other, angles[:, None])
-    return MergedRows(directions, torch.stack([first_norms, second_norms]), _far(angles, lengths))
+    norms, one, other, angles = _arcs(first, second)
+    return MergedRows(_between(one, other, angles[:, None]), norms, _far(angles, lengths))
+
+
+def retained_rows(
+    first: torch.Tensor, second: torch.Tensor, lengths: Sequence[int]
+) -> torch.Tensor:
+    """Return what ``merge`` retains, alone."""
+    return _far(_arcs(first, second)[-1], lengths)
 
 
 def restore(directions: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,6 +76,14 @@ def restore(directions: torch.Tensor, norms: torch.Tensor) -> tuple[torch.Tensor
     """
     _, exact = _polar(directions)
     return exact * norms[0, :, None], exact * norms[1, :, None]
+
+
+def _arcs(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return norms ``(2, rows)``, the directions of both, and the angles ``(rows,)`` between."""
+    (first_norms, one), (second_norms, other) = _polar(first), _polar(second)
+    one = torch.where(first_norms[:, None] > 0, one, other)
+    other = torch.where(second_norms[:, None] > 0, other, one)
+    return torch.stack([first_norms, second_norms]), one, other, _angles(one, other)
 
 
 def _polar(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

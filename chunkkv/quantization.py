@@ -41,7 +41,7 @@ from chunkkv.compressed import (
     size_bytes,
 )
 from chunkkv.errors import FormatError, InvalidInputError
-from chunkkv.merging import merge, restore
+from chunkkv.merging import merge, restore, retained_rows
 
 GROUP_SIZE: Final = 32
 FP8_MAX: Final = 448.0
@@ -73,7 +73,7 @@ def retained_counts(kv: CompressedKV) -> tuple[int, ...]:
         lengths = kv.shape.layers[first].lengths
         for name in _NAMES:
             one, other = (getattr(kv.layers[layer], name).float() for layer in (first, second))
-            counts.append(len(merge(one, other, lengths).retained))
+            counts.append(len(retained_rows(one, other, lengths)))
     return tuple(counts)
 
 
