@@ -4,7 +4,8 @@ The header names everything (format version, identity, model, policy, shapes) an
 checksum of itself and of every part; the parts are the span's memory, cut. Decoding opens views
 into memory that the caller received the parts into: nothing is copied, nothing is unpickled, and
 nothing is used before its checksum matched. Keys and values that are stored in fewer bits
-(``SpanShape.precision``) are made native again when the span is opened.
+(``SpanShape.precision``), or of two layers in one (``SpanShape.merge_layers``), are made native
+again when the span is opened.
 
 Header: ``magic (4) | version (u16) | length of body (u32) | XXH3-64 of body (u64) | body (JSON)``,
 little-endian.
@@ -25,12 +26,20 @@ import xxhash
 from chunkkv.compressed import CompressedKV, LayerShape, SpanShape, size_bytes
 from chunkkv.errors import CorruptError, FormatError, InvalidInputError, MismatchError
 from chunkkv.policy import Precision
-from chunkkv.quantization import dequantize, quantize, stored_size_bytes
+from chunkkv.quantization import (
+    dequantize,
+    merged_rows,
+    quantize,
+    retained_counts,
+    stored_size_bytes,
+)
 
 MAGIC: Final = b"CKV\x01"
-VERSION: Final = 2
-# Version 1 knew one precision, the model's own.
-READABLE_VERSIONS: Final = (1, 2)
+VERSION: Final = 3
+# Version 1 knew one precision, the model's own; version 2 no merged layers. Spans that have none
+# are written as version 2, so that workers of then read them.
+READABLE_VERSIONS: Final = (1, 2, 3)
+_UNMERGED_VERSION: Final = 2
 PART_BYTES: Final = 1 << 20
 
 _PREFIX: Final = struct.Struct("<4sHIQ")
@@ -65,12 +74,14 @@ class Header:
         shape: What the span is.
         part_sizes: Bytes of each part.
         part_checksums: XXH3-64 of each part.
+        retained: ``quantization.retained_counts`` of the span.
     """
 
     identity: str
     shape: SpanShape
     part_sizes: tuple[int, ...]
     part_checksums: tuple[int, ...]
+    retained: tuple[int, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -79,7 +90,7 @@ class Header:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the span once it is opened; more than is stored unless it is stored native."""
+        """Bytes of the span once it is opened; as many as are stored if it is stored native."""
         return size_bytes(self.shape)
 
     def check_part(self, index: int, part: Buffer) -> None:
@@ -123,12 +134,13 @@ class Header:
 
         Raises:
             InvalidInputError: The memory is too short.
+            FormatError: The parts contradict the header.
         """
         stored = self._flat(memory, self.size_bytes)
-        if self.shape.precision == "native":
+        if self.shape.is_stored_native:
             return CompressedKV(self.shape, stored)
         memory = bytearray(self.kv_bytes) if out is None else out
-        return dequantize(self.shape, stored, self._flat(memory, self.kv_bytes))
+        return dequantize(self.shape, stored, self._flat(memory, self.kv_bytes), self.retained)
 
     def _flat(self, memory: bytearray | memoryview, count: int) -> torch.Tensor:
         if len(memory) < count:
@@ -148,20 +160,27 @@ def encode(kv: CompressedKV, *, identity: str, part_bytes: int = PART_BYTES) -> 
         part_bytes: Size of the parts; the last one may be shorter.
 
     Raises:
-        InvalidInputError: Keys or values cannot be stored in this precision: they are not finite.
+        InvalidInputError: Keys or values cannot be stored in this precision, or merged: they are
+            not finite.
     """
-    flat = memoryview(quantize(kv).numpy().data)
+    kv = kv.to("cpu")
+    retained = retained_counts(kv)
+    flat = memoryview(quantize(kv, retained).numpy().data)
     parts = [flat[start : start + part_bytes] for start in range(0, len(flat), part_bytes)]
-    body = json.dumps(
-        {
-            "identity": identity,
-            "part_sizes": [len(part) for part in parts],
-            "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
-            "shape": asdict(kv.shape),
-        },
-        separators=(",", ":"),
-    ).encode()
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(body), xxhash.xxh3_64_intdigest(body))
+    fields: dict[str, Any] = {
+        "identity": identity,
+        "part_sizes": [len(part) for part in parts],
+        "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
+        "shape": asdict(kv.shape),
+    }
+    version = VERSION
+    if kv.shape.merge_layers:
+        fields["retained"] = retained
+    else:
+        version = _UNMERGED_VERSION
+        del fields["shape"]["merge_layers"]
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    prefix = _PREFIX.pack(MAGIC, version, len(body), xxhash.xxh3_64_intdigest(body))
     return EncodedKV(prefix + body, parts)
 
 
@@ -185,7 +204,7 @@ def read_header(data: Buffer) -> Header:
         raise CorruptError(f"header body has {len(body)} bytes; its prefix says {length}")
     if xxhash.xxh3_64_intdigest(body) != checksum:
         raise CorruptError("header does not match its checksum")
-    return _header(bytes(body))
+    return _header(bytes(body), version)
 
 
 def decode(
@@ -221,7 +240,7 @@ def decode(
     return found.open(memory)
 
 
-def _header(data: bytes) -> Header:
+def _header(data: bytes, version: int) -> Header:
     # The checksum matched, so whatever is wrong with the fields was written so.
     try:
         body: dict[str, Any] = json.loads(data)
@@ -236,10 +255,18 @@ def _header(data: bytes) -> Header:
             shape=SpanShape(**fields, layers=layers, index_lengths=index_lengths),
             part_sizes=tuple(body["part_sizes"]),
             part_checksums=tuple(int(checksum, 16) for checksum in body["part_checksums"]),
+            retained=tuple(body.get("retained", ())),
         )
+        # No checksum covers the version: it must be the one that these fields are written as.
+        is_merged = version == VERSION
+        names = ("retained" in body, "merge_layers" in body["shape"])
+        if names != (is_merged,) * 2 or header.shape.merge_layers is not is_merged:
+            raise FormatError(f"what the header says of merged layers is not of version {version}")
         if header.shape.precision not in get_args(Precision):
             raise FormatError(f"keys and values are stored as {header.shape.precision!r}")
-        expected = stored_size_bytes(header.shape)
+        if not _are_parts(header.retained, merged_rows(header.shape)):
+            raise FormatError(f"of merged layers, {header.retained} rows are retained")
+        expected = stored_size_bytes(header.shape, header.retained)
         fits = all(_has_positions(layer, index_lengths) for layer in layers)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"header lacks or misnames a field: {error}") from error
@@ -250,9 +277,19 @@ def _header(data: bytes) -> Header:
     return header
 
 
+def _are_parts(counts: Sequence[object], rows: Sequence[int]) -> bool:
+    """Whether there is a count for each number of rows, and none is larger."""
+    return len(counts) == len(rows) and all(
+        type(count) is int and 0 <= count <= most for count, most in zip(counts, rows, strict=True)
+    )
+
+
 def _has_positions(layer: LayerShape, index_lengths: Sequence[int]) -> bool:
     """Whether the layer's index list is there, and names every kept token."""
-    if min(layer.lengths) < 0 or not 0 <= layer.index_list < len(index_lengths):
+    counts = (*layer.lengths, layer.key_dim, layer.value_dim)
+    if not layer.lengths or not all(type(count) is int and count >= 0 for count in counts):
+        return False
+    if not 0 <= layer.index_list < len(index_lengths):
         return False
     entries = index_lengths[layer.index_list]
     return entries == sum(layer.lengths) or set(layer.lengths) == {entries}

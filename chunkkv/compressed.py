@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import torch
@@ -58,6 +59,8 @@ class SpanShape:
         has_scores: Whether each position comes with a score.
         precision: How keys and values are stored (``chunkkv.quantization``). In memory they are
             of ``dtype``, whatever this says.
+        merge_layers: Whether ``merged_pairs`` are stored as one layer each (``chunkkv.merging``).
+            In memory every layer has keys and values of its own, whatever this says.
     """
 
     fingerprint: str
@@ -69,6 +72,7 @@ class SpanShape:
     index_lengths: tuple[int, ...]
     has_scores: bool
     precision: Precision = "native"
+    merge_layers: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,6 +85,37 @@ class SpanShape:
         """Kept tokens, averaged over KV heads and full-attention layers, rounded."""
         counts = [n for layer in self.layers if not layer.is_sliding for n in layer.lengths]
         return round(sum(counts) / len(counts)) if counts else 0
+
+    @property
+    def is_stored_native(self) -> bool:
+        """Whether the span is stored as it lies in memory."""
+        return self.precision == "native" and not self.merged_pairs
+
+    @property
+    def merged_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Layers that are stored as one, shallower first.
+
+        From half of the layers on, each full-attention layer with the next one, if that is of the
+        same widths, keeps the same tokens, and is not taken already. Whether they do is known of
+        layers that share an index list, and of those that keep every token of the span.
+        """
+        if not self.merge_layers:
+            return ()
+        pairs: list[tuple[int, int]] = []
+        for first, second in pairwise(range(math.ceil(len(self.layers) / 2), len(self.layers))):
+            is_free = not pairs or pairs[-1][1] < first
+            if is_free and self._are_alike(self.layers[first], self.layers[second]):
+                pairs.append((first, second))
+        return tuple(pairs)
+
+    def _are_alike(self, one: LayerShape, other: LayerShape) -> bool:
+        widths = (one.key_dim, one.value_dim)
+        if one.is_sliding or other.is_sliding or one.lengths != other.lengths:
+            return False
+        if min(widths) < 1 or widths != (other.key_dim, other.value_dim):
+            return False
+        is_whole = all(length == self.num_tokens for length in one.lengths)
+        return is_whole or one.index_list == other.index_list
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ def _shape(
         index_lengths=tuple(lists),
         has_scores=True,
         precision=policy.precision,
+        merge_layers=policy.merge_layers,
     )
 
 

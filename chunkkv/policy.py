@@ -75,7 +75,9 @@ class CompressionPolicy:
             their entropy is below this fraction of its maximum, only the best tokens of the unit
             are kept with it; in ``[0, 1]``, 0: never.
         merge_layers: Store neighbouring layers of the deeper half as one direction with norms of
-            their own (MiniCache); needs lists that these layers share, or keep_ratio 1.
+            their own (MiniCache, ``chunkkv.merging``). Layers that do not keep the same tokens
+            stay apart: it needs scope ``group`` or ``global``, or ``keep_ratio`` 1. Worth it only
+            for models whose neighbouring layers are alike (``chunkkv/README.md``).
         precision: How kept keys and values are stored (``chunkkv.quantization``); ``native``: as
             the model computed them.
 

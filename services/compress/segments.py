@@ -213,7 +213,7 @@ def describe(name: str, shape: chunkkv.SpanShape, size_bytes: int) -> session_pb
         num_tokens=shape.num_tokens,
         num_kept_tokens=shape.num_kept_tokens,
         size_bytes=size_bytes,
-        kv_bytes=0 if shape.precision == "native" else chunkkv.size_bytes(shape),
+        kv_bytes=0 if shape.is_stored_native else chunkkv.size_bytes(shape),
     )
 
 
@@ -255,7 +255,7 @@ def receive_segment(
 ) -> chunkkv.CompressedKV:
     """Fetch one segment into memory of the caller's; every byte is checked before it is used.
 
-    Keys and values arrive in the model's dtype, however they are stored.
+    Keys and values arrive in the model's dtype and in every layer, however they are stored.
 
     Args:
         store: Where it is.
@@ -298,7 +298,7 @@ def _receive(
     store: SegmentStore, header: chunkkv.Header, memory: memoryview, staging: ReceivePool
 ) -> chunkkv.CompressedKV:
     """Receive a segment into ``memory``, exactly ``header.kv_bytes`` of it."""
-    if header.shape.precision == "native":
+    if header.shape.is_stored_native:
         _receive_parts(store, header, memory)
         return header.open(memory)
     with staging.lend(header.size_bytes) as staged:

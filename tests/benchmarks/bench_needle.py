@@ -43,6 +43,7 @@ def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
         "chunk 10, layer (ChunkKV, paper)": policy(chunk_size=10, sink_tokens=0),
         "chunk 20, head": policy(scope="head"),
         "chunk 20, group of 2 (index reuse)": policy(scope="group"),
+        "chunk 20, group of 2, layers merged": policy(scope="group", merge_layers=True),
         "chunk 20, global": policy(scope="global"),
         "token, layer": policy(unit="token"),
         "token, head (SnapKV)": policy(unit="token", scope="head"),

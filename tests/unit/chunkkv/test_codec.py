@@ -287,9 +287,9 @@ def test_foreign_magic_is_refused(small: EncodedKV, magic: bytes):
 
 
 def test_other_format_version_is_refused_by_its_number(small: EncodedKV):
-    for version in (0, 3, 255, 65535):
+    for version in (0, 4, 255, 65535):
         header = small.header[:4] + struct.pack("<H", version) + small.header[6:]
-        with pytest.raises(FormatError, match=f"version {version}; this library reads 1, 2"):
+        with pytest.raises(FormatError, match=f"version {version}; this library reads 1, 2, 3"):
             read_header(header)
 
 
@@ -318,6 +318,12 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another length": lambda body: body["shape"]["layers"][0].update(lengths=[3, 0, 50]),
     "lengths below zero": lambda body: body["shape"]["layers"][0].update(lengths=[9, 1, -2]),
     "no heads": lambda body: body["shape"]["layers"][0].update(lengths=[]),
+    "lengths that are no integers": lambda body: body["shape"]["layers"][0].update(
+        lengths=[3.0, 0.0, 5.0]
+    ),
+    "width below zero": lambda body: body["shape"]["layers"][0].update(key_dim=-8, value_dim=16),
+    "merged layers of an older version": lambda body: body["shape"].update(merge_layers=False),
+    "retained rows of an older version": lambda body: body.update(retained=[]),
     "checksum that is no number": lambda body: body.update(part_checksums=["xyz"]),
     "fewer checksums than parts": lambda body: body["part_checksums"].pop(),
     "index list that is not there": lambda body: body["shape"]["layers"][1].update(index_list=7),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -423,6 +424,29 @@ async def test_quantized_segment_is_received_into_memory_of_the_callers(store: S
         )
 
 
+@pytest.mark.parametrize("precision", ["native", "int8"])
+async def test_merged_segments_arrive_in_every_layer(store: Store, precision: chunkkv.Precision):
+    shape = span(precision=precision).shape
+    shape = dataclasses.replace(shape, layers=shape.layers * 2, merge_layers=True)
+    generator = torch.Generator().manual_seed(0)
+    kv = chunkkv.CompressedKV.empty(shape)
+    for layer in kv.layers:
+        layer.keys.copy_(torch.randn(layer.keys.shape, generator=generator))
+        layer.values.copy_(torch.randn(layer.values.shape, generator=generator))
+        layer.positions.copy_(torch.arange(10))
+    encoded = chunkkv.encode(kv, identity="by hand")
+    opened = chunkkv.decode(encoded.header, bytearray(b"".join(encoded.parts)))
+
+    segment = store_segment(store, kv, session(), ttl_s=TTL_S)
+    memory = memoryview(bytearray(held_bytes(segment)))
+    receive_segment(store, segment.segment_id, memory, fingerprint=MODEL, staging=ReceivePool())
+
+    assert shape.merged_pairs == ((2, 3),)
+    assert held_bytes(segment) == segment.kv_bytes == kv.size_bytes
+    assert fetch(store, segment) == [bytes(memory)] == [opened.memory.numpy().tobytes()]
+    assert find_segment(store, segment.segment_id, ttl_s=TTL_S) == segment
+
+
 async def test_damaged_quantized_segment_is_refused(store: Store, client: redis.Redis):
     segment = stored(store, session(), precision="int8")
     client.setrange(part_key(client, segment, 0), 200, b"\xff\xfe")
@@ -442,11 +466,11 @@ def test_what_cannot_be_quantized_is_the_requests_fault():
 async def test_segment_of_a_later_format_is_refused(store: Store):
     segment = stored(store, session())
     header = bytearray(store.get_header(segment.segment_id))
-    header[4] = 3
+    header[4] = 9
     store.delete_segments([segment.segment_id])
     store.put_segment(segment.segment_id, header, [], ttl_s=TTL_S)
 
-    with pytest.raises(MismatchError, match="format version 3") as caught:
+    with pytest.raises(MismatchError, match="format version 9") as caught:
         fetch(store, segment)
 
     assert caught.value.error_reason == "FORMAT_MISMATCH"
