@@ -22,7 +22,8 @@ class Question:
         max_new_tokens: Where generation ends at the latest.
         metric: A name in ``metrics.METRICS``.
         extra: What else the metric or a report needs, as JSON values: ``all_classes`` of a
-            classification, ``depth`` of a needle (in [0, 1]), ``num_tokens`` of a document.
+            classification; of generated documents ``length`` (tokens that were asked for) and
+            ``depth`` (where the answer stands, in [0, 1]).
     """
 
     text: str
@@ -36,8 +37,8 @@ class Question:
 class Sample:
     """One context, and questions that are all asked of a single prefill of it.
 
-    ``context + question.text`` is the prompt: what separates the two belongs to ``question.text``,
-    so a runner adds nothing in between.
+    ``context + question.text`` is the prompt: a runner adds nothing in between. Where they meet,
+    the context ends in a line break or a space, so that both can be tokenized on their own.
 
     Attributes:
         task: For example ``needle`` or ``longbench/qasper``.
@@ -68,9 +69,9 @@ class Task(Protocol):
     def samples(self, tokenizer: Any, *, seed: int, num_samples: int) -> Iterator[Sample]:
         """Yield at most ``num_samples`` samples, the same ones for the same arguments.
 
-        Generated tasks yield exactly ``num_samples``; tasks over a grid (lengths, depths) go
-        through all cells before they start over. Tasks over a file take the first ``num_samples``
-        records that a shuffle with ``seed`` brings up.
+        Generated tasks yield exactly ``num_samples``; a grid (lengths, depths) is gone through
+        cell by cell, then once more. Tasks over a file take the first ``num_samples`` records of
+        a shuffle with ``seed``, so a larger number only adds to a smaller one.
 
         Args:
             tokenizer: Called as ``tokenizer(text, add_special_tokens=False)["input_ids"]``, and
