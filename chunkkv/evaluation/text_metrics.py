@@ -16,7 +16,10 @@ from importlib import import_module
 from importlib.util import find_spec
 
 # As published, with one of the two double angle brackets.
-_CHINESE_PUNCTUATION = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
+_CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕"
+    "〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
+)
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
 _NO_CHINESE_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + _CHINESE_PUNCTUATION))
 
