@@ -11,6 +11,7 @@ from chunkkv.compressor import compress
 from chunkkv.errors import (
     ChunkKVError,
     CorruptError,
+    DatasetError,
     FormatError,
     InvalidInputError,
     InvalidPolicyError,
@@ -30,6 +31,7 @@ __all__ = [
     "CompressedKV",
     "CompressionPolicy",
     "CorruptError",
+    "DatasetError",
     "EncodedKV",
     "FormatError",
     "Header",
