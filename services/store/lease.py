@@ -182,11 +182,17 @@ async def _held(
     ttl_s: float,
 ) -> AsyncIterator[None]:
     """Renew what was taken while the block runs, and give it back however the block ends."""
+    has_ended = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s))
-            yield
-            renewal.cancel()
+            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s, has_ended))
+            try:
+                yield
+            finally:
+                # Both: a cancellation alone can be lost in a command to the store (``end_task``
+                # says how). The group would then wait, and the lease be kept, for ever.
+                has_ended.set()
+                renewal.cancel()
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
@@ -226,9 +232,11 @@ async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-async def _renew(renew: Callable[[], Awaitable[None]], ttl_s: float) -> None:
+async def _renew(
+    renew: Callable[[], Awaitable[None]], ttl_s: float, has_ended: asyncio.Event
+) -> None:
     renewed_at = time.monotonic()
-    while True:
+    while not has_ended.is_set():
         await asyncio.sleep(ttl_s / 3)
         try:
             await renew()
