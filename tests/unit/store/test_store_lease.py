@@ -88,6 +88,14 @@ async def test_a_store_that_stays_away_ends_the_turn() -> None:
             await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
 
 
+async def test_a_lease_that_ran_out_while_the_store_was_away_is_lost_to_the_outage() -> None:
+    store = LeaseStore(UnavailableError("away"), False)
+
+    with pytest.raises(UnavailableError, match="away"):
+        async with lease(store, ttl_s=0.3):
+            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+
+
 async def test_an_error_of_the_turn_comes_out_as_it_is_and_frees_the_lease() -> None:
     store = LeaseStore()
 
