@@ -356,7 +356,7 @@ async def test_the_death_of_the_worker_that_computes_a_shared_prompt_ends_nobody
     stack: ProcessStack, client: Client, store: Store
 ) -> None:
     rng = random.Random(43)
-    first = question(rng, 1200)
+    first = question(rng, 600)
     # Three: of two, both would go to one worker if the other one's load was seen a moment ago.
     questions = [first]
     for seed in (1, 2):
