@@ -59,7 +59,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessStack
     prefill = {"MIN_COMPRESS_TOKENS": "16", "PREFILL_CHUNK_TOKENS": "2", "SEGMENT_LEASE_S": "1"}
     # A gateway that gets no processor for a while keeps its leases; one that is killed soon loses
     # them.
-    with ProcessStack(directory, model, prefill=prefill, gateway={"LEASE_TTL_S": "4"}) as stack:
+    with ProcessStack(directory, model, prefill=prefill, gateway={"LEASE_TTL_S": "10"}) as stack:
         yield stack
 
 
