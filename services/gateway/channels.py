@@ -95,13 +95,12 @@ class WorkerChannels:
 
     async def prune(self, living: Collection[str]) -> None:
         """Close channels to addresses that are not among ``living`` and have no call."""
-        gone = [
-            address
-            for address in self._channels
-            if address not in living and not self._num_calls[address]
-        ]
-        for address in gone:
-            await self._close(address)
+        for address in list(self._channels):
+            # Looked at only now: while the one before closed, a call may have begun on this one,
+            # or another turn have closed it.
+            is_open = address in self._channels
+            if is_open and address not in living and not self._num_calls[address]:
+                await self._close(address)
 
     async def close(self) -> None:
         """Close all channels; calls on them are cancelled."""

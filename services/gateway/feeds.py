@@ -239,8 +239,15 @@ class _Hold:
                 await self._stub.HoldTokens(request, timeout=_HOLD_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 # Else a call that was paused would stay so.
-                self._on_failed(from_rpc_error(error))
+                self._on_failed(_hold_error(error))
                 return
+
+
+def _hold_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        # Ours, and not the caller's, who has time left for another worker.
+        return _gone(f"did not answer in {_HOLD_TIMEOUT_S:g} s")
+    return from_rpc_error(error)
 
 
 def _gone(what: str) -> UnavailableError:
