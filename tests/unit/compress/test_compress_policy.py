@@ -27,23 +27,21 @@ def message(**fields: Any) -> types_pb2.CompressionPolicy:
 
 
 fractions = st.integers(0, 1000).map(lambda n: n / 1000)
-choices = st.fixed_dictionaries(
-    {
-        "scorer": st.sampled_from(get_args(Scorer)),
-        "unit": st.sampled_from(get_args(Unit)),
-        "scope": st.sampled_from(get_args(Scope)),
-        "spread": st.sampled_from(get_args(Spread)),
-        "precision": st.sampled_from(get_args(Precision)),
-        "chunk_size": st.integers(1, INT32_MAX),
-        "window_size": st.integers(1, INT32_MAX),
-        "sink_tokens": st.integers(0, INT32_MAX),
-        "reuse_interval": st.integers(1, INT32_MAX),
-        "pool_size": st.integers(0, INT32_MAX // 2 - 1).map(lambda n: 2 * n + 1),
-        "head_floor": fractions,
-        "gating": fractions,
-        "merge_layers": st.booleans(),
-    }
-)
+CHOICES: dict[str, st.SearchStrategy[Any]] = {
+    "scorer": st.sampled_from(get_args(Scorer)),
+    "unit": st.sampled_from(get_args(Unit)),
+    "scope": st.sampled_from(get_args(Scope)),
+    "spread": st.sampled_from(get_args(Spread)),
+    "precision": st.sampled_from(get_args(Precision)),
+    "chunk_size": st.integers(1, INT32_MAX),
+    "window_size": st.integers(1, INT32_MAX),
+    "sink_tokens": st.integers(0, INT32_MAX),
+    "reuse_interval": st.integers(1, INT32_MAX),
+    "pool_size": st.integers(0, INT32_MAX // 2 - 1).map(lambda n: 2 * n + 1),
+    "head_floor": fractions,
+    "gating": fractions,
+    "merge_layers": st.booleans(),
+}
 budgets = st.one_of(
     st.builds(lambda n: {"keep_ratio": n / 1000}, st.integers(1, 1000)),
     st.builds(lambda n: {"max_kept_tokens": n}, st.integers(1, INT32_MAX)),
@@ -52,13 +50,13 @@ budgets = st.one_of(
 
 @st.composite
 def any_policy(draw: st.DrawFn) -> CompressionPolicy:
-    chosen = draw(choices)
+    chosen = draw(st.fixed_dictionaries(CHOICES))
     assume(chosen["spread"] == "uniform" or chosen["scope"] in ("head", "layer"))
     return CompressionPolicy(**draw(budgets), **chosen)
 
 
 def test_every_field_of_the_library_is_drawn():
-    drawn = {"keep_ratio", "max_kept_tokens", *choices.mapping}  # type: ignore[attr-defined]
+    drawn = {"keep_ratio", "max_kept_tokens", *CHOICES}
 
     assert drawn == {field.name for field in dataclasses.fields(CompressionPolicy)}
 
