@@ -3,12 +3,18 @@
 The positions say where each kept token stood, the scores what it was chosen by, and the policy's
 name which rules chose it; so fewer tokens are chosen by the same rules. What the first selection
 dropped is gone: a chunk that it cut counts by what is left of it.
+
+Where sentences end is not stored. Of a span that was cut at sentences, kept tokens that follow one
+another make a unit, of as many tokens as a sentence has at most; so neighbours that were both kept
+may share one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Final
 
 import torch
@@ -18,6 +24,8 @@ from chunkkv.errors import InvalidInputError
 from chunkkv.policy import CompressionPolicy, Precision
 
 _RULES: Final = ("unit", "window", "sink")
+_SPREADS: Final = ("uniform", "pyramid", "adaptive")
+_CUTS: Final = ("chunk", "sentence")
 
 
 def recompress(
@@ -27,16 +35,22 @@ def recompress(
     keep_ratio: float | None = None,
     precision: Precision | None = None,
 ) -> CompressedKV:
-    """Return the span with at most as many tokens in each list of positions, in a precision.
+    """Return the span with fewer tokens in its lists of positions, in a precision.
 
-    The last tokens of the observation window stay, then the sink, as far as the budget goes; the
-    rest goes to the chunks of the original grid in the order of their kept tokens' summed scores,
-    and the first that does not fit any more gives its best tokens. Layers with a sliding window
-    stay as the model holds them. The span keeps its policy's name: the rules are still those.
+    How many each list keeps follows the policy's spread: ``uniform``, no more than the budget;
+    ``pyramid``, a share of the budget of all lists together, by what it holds more than one token;
+    ``adaptive``, what the ranking gives it in which the units of all lists compete for that budget.
+    Then, in each list: the last tokens of the observation window stay, then the sink, as far as
+    the budget goes; the rest goes to the chunks of the original grid in the order of their kept
+    tokens' summed scores, and the first that does not fit any more gives its best tokens. With
+    ``adaptive``, a list's floor of the budget goes to its best units before that. Layers with a
+    sliding window stay as the model holds them. The span keeps its policy's name: the rules are
+    still those.
 
     Args:
         kv: On the CPU. One that has no scores (``is_prunable``) keeps all its tokens.
-        max_kept_tokens: Tokens that each list keeps at most, at least 1.
+        max_kept_tokens: Tokens that each list keeps at most, at least 1; the lists' average, with
+            other spreads than ``uniform``.
         keep_ratio: The same as a fraction of the span's tokens, kept or not; exclusive with
             ``max_kept_tokens``. Neither: all of them stay.
         precision: How it is stored from now on; ``None``: as before. What was lost is not found
@@ -53,7 +67,7 @@ def recompress(
         kv.num_tokens
     )
     rules = _rules(kv.shape)
-    if rules is None or budget >= _longest(kv):
+    if rules is None:
         return CompressedKV(shape, kv.memory)
     return _pruned(kv, shape, rules, budget)
 
@@ -70,6 +84,9 @@ class _Rules:
     unit: int
     window: int
     sink: int
+    spread: str
+    floor: Fraction
+    cut: str
 
 
 def _rules(shape: SpanShape) -> _Rules | None:
@@ -77,21 +94,32 @@ def _rules(shape: SpanShape) -> _Rules | None:
     named = dict(word.partition("=")[::2] for word in shape.policy.split())
     if not shape.has_scores or not all(named.get(name, "").isdecimal() for name in _RULES):
         return None
-    rules = _Rules(**{name: int(named[name]) for name in _RULES})
-    return rules if rules.unit else None
+    spread, cut = named.get("spread", "uniform"), named.get("cut", "chunk")
+    floor = named.get("floor", "0")
+    if spread not in _SPREADS or cut not in _CUTS or not re.fullmatch(r"\d+(/[1-9]\d*)?", floor):
+        return None
+    unit, window, sink = (int(named[name]) for name in _RULES)
+    return _Rules(unit, window, sink, spread, Fraction(floor), cut) if unit else None
 
 
-def _longest(kv: CompressedKV) -> int:
-    return max((max(layer.lengths) for layer in kv.layers if not layer.is_sliding), default=0)
+_List = tuple[int, bool, tuple[int, ...]]  # an index list, as layers of one kind read it
 
 
 def _pruned(kv: CompressedKV, shape: SpanShape, rules: _Rules, budget: int) -> CompressedKV:
     keys = [(layer.index_list, view.is_sliding, _rows(view)) for layer, view in _layers(kv)]
-    chosen: dict[tuple[int, bool, tuple[int, ...]], list[torch.Tensor]] = {}
+    views: dict[_List, LayerKV] = {}  # of each list, the first layer that reads it
     for key, view in zip(keys, kv.layers, strict=True):
-        if key not in chosen:
-            chosen[key] = _kept_rows(view, kv.shape, rules, budget)
-    lists = list(chosen)
+        views.setdefault(key, view)
+    lists = list(views)
+    rows = [row for key in lists for row in _stored(views[key], kv.shape)]
+    kept = _kept_of_all(rows, kv.num_tokens, rules, budget)
+    if all(len(own) == len(row.places) for own, row in zip(kept, rows, strict=True)):
+        return CompressedKV(shape, kv.memory)
+    left = iter(kept)
+    chosen = {
+        key: [torch.arange(n) if view.is_sliding else next(left) for n in _rows(view)]
+        for key, view in views.items()
+    }
     layers = tuple(
         replace(layer, lengths=_lengths(chosen[key], layer), index_list=lists.index(key))
         for key, layer in zip(keys, kv.shape.layers, strict=True)
@@ -119,46 +147,126 @@ def _lengths(rows: list[torch.Tensor], layer: LayerShape) -> tuple[int, ...]:
     return (len(rows[0]),) * len(layer.lengths)
 
 
-def _kept_rows(view: LayerKV, shape: SpanShape, rules: _Rules, budget: int) -> list[torch.Tensor]:
-    """Return which entries of each row are kept, ascending."""
-    lengths = _rows(view)
-    if view.is_sliding:
-        return [torch.arange(length) for length in lengths]
-    assert view.scores is not None  # only spans that have them are pruned
-    places = [
-        positions.long() - shape.first_token
-        for positions in torch.split(view.positions, list(lengths))
-    ]
-    return [
-        _kept(places, scores, shape.num_tokens, rules, budget)
-        for places, scores in zip(places, torch.split(view.scores, list(lengths)), strict=True)
-    ]
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What is stored of one row of positions.
 
-
-def _kept(
-    places: torch.Tensor, scores: torch.Tensor, num_tokens: int, rules: _Rules, budget: int
-) -> torch.Tensor:
-    """Return which ``budget`` tokens of one row are kept.
-
-    Args:
+    Attributes:
         places: ``(kept,)`` int64, ascending: where in the span each token stood.
         scores: ``(kept,)``.
+    """
+
+    places: torch.Tensor
+    scores: torch.Tensor
+
+    def always(self, num_tokens: int, rules: _Rules, budget: int) -> tuple[int, int]:
+        """Return how many of the first and of the last tokens stay, whatever their scores."""
+        num_window = min(int((self.places >= num_tokens - rules.window).sum()), budget)
+        return min(int((self.places < rules.sink).sum()), budget - num_window), num_window
+
+    def units(self, rules: _Rules) -> torch.Tensor:
+        """Return ``(kept,)`` int64, ascending: which tokens are kept or dropped together."""
+        if rules.cut == "chunk":
+            return self.places // rules.unit
+        order = torch.arange(len(self.places))
+        begins = torch.ones(len(order), dtype=torch.bool)
+        begins[1:] = self.places.diff() != 1
+        first = order[begins][begins.cumsum(0) - 1]  # of each token's run
+        return ((order - first) % rules.unit == 0).cumsum(0)
+
+    def part(self, start: int, stop: int) -> _Row:
+        """Return the tokens from ``start`` to ``stop``."""
+        return _Row(self.places[start:stop], self.scores[start:stop])
+
+
+def _stored(view: LayerKV, shape: SpanShape) -> list[_Row]:
+    """Return the rows of a layer's index list, of which tokens can be dropped."""
+    if view.is_sliding:
+        return []
+    assert view.scores is not None  # only spans that have them are pruned
+    lengths = list(_rows(view))
+    places = torch.split(view.positions.long() - shape.first_token, lengths)
+    return [_Row(*row) for row in zip(places, torch.split(view.scores, lengths), strict=True)]
+
+
+def _kept_of_all(
+    rows: Sequence[_Row], num_tokens: int, rules: _Rules, budget: int
+) -> list[torch.Tensor]:
+    """Return which entries of each row are kept, ascending.
+
+    Args:
+        rows: Of all lists.
         num_tokens: Of the span.
         rules: Say which ones.
-        budget: At least 1.
+        budget: Entries of each row, at most or on the average; at least 1.
     """
-    kept = len(places)
+    held = [len(row.places) for row in rows]
+    budgets = _shares(held, budget) if rules.spread == "pyramid" else [budget] * len(rows)
+    is_shared = rules.spread == "adaptive"
+    fits = all(n <= most for n, most in zip(held, budgets, strict=True))
+    if fits or (is_shared and sum(held) <= sum(budgets)):
+        return [torch.arange(n) for n in held]
+    if not all(bool(torch.isfinite(row.scores).all()) for row in rows):
+        raise InvalidInputError("stored scores are not finite")
+    if is_shared:
+        return _kept_together(rows, num_tokens, rules, budget)
+    return [_kept(row, num_tokens, rules, own) for row, own in zip(rows, budgets, strict=True)]
+
+
+def _shares(held: Sequence[int], budget: int) -> list[int]:
+    """Return ``budget`` a row shared out: one to each that has any, the rest in proportion."""
+    ones = [min(n, 1) for n in held]
+    more, total = sum(held) - sum(ones), min(budget * len(held), sum(held)) - sum(ones)
+    if more == 0:
+        return ones
+    parts = [divmod((n - one) * total, more) for n, one in zip(held, ones, strict=True)]
+    missing = total - sum(whole for whole, _ in parts)
+    first = sorted(range(len(held)), key=lambda row: -parts[row][1])[:missing]
+    return [ones[row] + whole + (row in first) for row, (whole, _) in enumerate(parts)]
+
+
+def _kept(row: _Row, num_tokens: int, rules: _Rules, budget: int) -> torch.Tensor:
+    """Return which ``budget`` tokens of one row are kept, ascending."""
+    kept = len(row.places)
     if budget >= kept:
         return torch.arange(kept)
-    if not bool(torch.isfinite(scores).all()):
-        raise InvalidInputError("stored scores are not finite")
-    num_window = min(int((places >= num_tokens - rules.window).sum()), budget)
-    num_sink = min(int((places < rules.sink).sum()), budget - num_window)
+    num_sink, num_window = row.always(num_tokens, rules, budget)
     start, stop = num_sink, kept - num_window
-    best = _best(
-        places[start:stop] // rules.unit, scores[start:stop], budget - num_window - num_sink
-    )
+    body = row.part(start, stop)
+    best = _best(body.units(rules), body.scores, budget - num_window - num_sink)
     return torch.cat([torch.arange(start), start + best, torch.arange(stop, kept)])
+
+
+def _kept_together(
+    rows: Sequence[_Row], num_tokens: int, rules: _Rules, budget: int
+) -> list[torch.Tensor]:
+    """Return which tokens of each row are kept, ``budget`` a row on the average, ascending.
+
+    The rows hold more than that.
+    """
+    kept, units, scores = [], [], []
+    num_ranked = 0
+    for row in rows:
+        num_sink, num_window = row.always(num_tokens, rules, budget)
+        start, stop = num_sink, len(row.places) - num_window
+        own, body = torch.ones(len(row.places), dtype=torch.bool), row.part(start, stop)
+        of_token, share = body.units(rules), budget - num_sink - num_window
+        own[start:stop] = False
+        floor = min(int(rules.floor * share), stop - start)
+        own[start + _best(of_token, body.scores, floor)] = True
+        num_ranked += share - floor
+        kept.append(own)
+        units.append(of_token[~own[start:stop]])
+        scores.append(row.scores[~own])
+    # Units of different rows have different numbers.
+    counts = [int(own[-1]) + 1 if len(own) else 0 for own in units]
+    numbered = [own + sum(counts[:row]) for row, own in enumerate(units)]
+    best = _best(torch.cat(numbered), torch.cat(scores), num_ranked)
+    chosen = torch.zeros(sum(map(len, units)), dtype=torch.bool)
+    chosen[best] = True
+    for own, more in zip(kept, torch.split(chosen, list(map(len, units))), strict=True):
+        own[~own] = more
+    return [own.nonzero()[:, 0] for own in kept]
 
 
 def _best(chunks: torch.Tensor, scores: torch.Tensor, budget: int) -> torch.Tensor:

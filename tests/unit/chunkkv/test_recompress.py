@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from slow_pruning import slow_adaptive
 from slow_selection import slow_positions
 
 from chunkkv import (
@@ -270,3 +272,145 @@ def test_scores_that_are_not_finite_are_refused():
 
     with pytest.raises(InvalidInputError, match="not finite"):
         recompress(span, max_kept_tokens=5)
+
+
+def places_of(span: CompressedKV) -> list[list[int]]:
+    """Return the places that each head of the first layer keeps."""
+    rows = torch.split(span.layers[0].positions - FIRST_TOKEN, list(span.layers[0].lengths))
+    return [row.tolist() for row in rows]
+
+
+@st.composite
+def stored_rows(draw: st.DrawFn) -> tuple[int, list[list[tuple[int, float]]]]:
+    """Return tokens of a span, and rows of some of them with scores whose sums are exact."""
+    num_tokens = draw(st.integers(1, 40))
+    places = st.sets(st.integers(0, num_tokens - 1)).map(sorted)
+    rows = draw(st.lists(places, min_size=1, max_size=4))
+    random = draw(st.randoms(use_true_random=False))
+    return num_tokens, [[(p, float(random.randint(0, 30))) for p in row] for row in rows]
+
+
+def span_of_rows(
+    rows: Sequence[Sequence[tuple[int, float]]], rules: str, num_tokens: int
+) -> CompressedKV:
+    return hand_made(
+        [[place for place, _ in row] for row in rows],
+        [[score for _, score in row] for row in rows],
+        rules,
+        num_tokens,
+    )
+
+
+@given(
+    stored=stored_rows(),
+    unit=st.integers(1, 7),
+    window=st.integers(1, 6),
+    sink=st.integers(0, 4),
+    floor=st.sampled_from(["", "1/5", "1/2", "1"]),
+    is_sentence=st.booleans(),
+    budget=st.integers(1, 40),
+)
+def test_units_of_all_lists_compete_as_the_slow_reference_does(
+    stored: tuple[int, list[list[tuple[int, float]]]],
+    unit: int,
+    window: int,
+    sink: int,
+    floor: str,
+    is_sentence: bool,
+    budget: int,
+):
+    num_tokens, rows = stored
+    rules = (
+        f"keep_ratio=1 scorer=window unit={unit} scope=head window={window} sink={sink}"
+        f"{' cut=sentence' if is_sentence else ''} spread=adaptive"
+        f"{f' floor={floor}' if floor else ''} precision=int8"
+    )
+    span = span_of_rows(rows, rules, num_tokens)
+
+    found = recompress(span, max_kept_tokens=budget)
+
+    assert places_of(found) == slow_adaptive(
+        rows,
+        budget,
+        num_tokens,
+        unit=unit,
+        window=window,
+        sink=sink,
+        floor=Fraction(floor or 0),
+        is_sentence=is_sentence,
+    )
+    assert sum(found.layers[0].lengths) == min(budget * len(rows), sum(map(len, rows)))
+    assert found.shape.policy == rules
+    assert found.layers[0].keys[:, 0].tolist() == [p for row in places_of(found) for p in row]
+
+
+@given(stored=stored_rows(), budget=st.integers(1, 40))
+def test_lists_of_a_pyramid_shrink_in_proportion(
+    stored: tuple[int, list[list[tuple[int, float]]]], budget: int
+):
+    num_tokens, rows = stored
+    rules = "keep_ratio=1 scorer=window unit=3 scope=head window=2 sink=1 spread=pyramid"
+    uniform = rules.removesuffix(" spread=pyramid")
+    span = span_of_rows(rows, rules, num_tokens)
+
+    found = recompress(span, max_kept_tokens=budget)
+
+    held, kept = [len(row) for row in rows], found.layers[0].lengths
+    assert sum(kept) == min(budget * len(rows), sum(held))
+    num_used = sum(map(bool, held))
+    share = (sum(kept) - num_used) / max(1, sum(held) - num_used)
+    for own, row, places in zip(kept, rows, places_of(found), strict=True):
+        if not row:
+            assert own == 0
+            continue
+        assert 1 <= own <= len(row)
+        assert abs(own - 1 - share * (len(row) - 1)) < 1
+        alone = span_of_rows([row], uniform, num_tokens)
+        assert [places] == places_of(recompress(alone, max_kept_tokens=own))
+
+
+def test_pyramid_keeps_its_proportions():
+    rules = "keep_ratio=1 scorer=window unit=1 scope=head window=1 sink=0 spread=pyramid"
+    rows = [[(place, 1.0) for place in range(n)] for n in (41, 21, 11, 1)]
+
+    found = recompress(span_of_rows(rows, rules, 41), max_kept_tokens=9)
+
+    assert found.layers[0].lengths == (19, 10, 6, 1)
+
+
+def test_neighbours_that_were_cut_at_sentences_are_one_unit():
+    rules = "keep_ratio=1 scorer=window unit=4 scope=head window=1 sink=0 cut=sentence"
+    scores = {2: 1.0, 3: 1, 7: 2, 8: 2, 9: 2, 10: 2, 11: 5, 12: 0, 19: 0}
+    span = span_of_rows([list(scores.items())], rules, 20)
+
+    # 2 and 3; 7 to 10, as many as a sentence has at most; 11 and 12; and the window.
+    assert places_of(recompress(span, max_kept_tokens=5)) == [[7, 8, 9, 10, 19]]
+    assert places_of(recompress(span, max_kept_tokens=7)) == [[7, 8, 9, 10, 11, 12, 19]]
+    assert places_of(recompress(span, max_kept_tokens=8)) == [[2, 7, 8, 9, 10, 11, 12, 19]]
+
+
+@pytest.mark.parametrize(
+    "word", ["spread=otherwise", "cut=verse", "spread=adaptive floor=many", "floor=1/0"]
+)
+def test_rules_of_a_kind_that_is_not_known_are_not_guessed(word: str):
+    rules = f"keep_ratio=1 scorer=window unit=1 scope=head window=1 sink=0 {word}"
+    span = span_of_rows([[(0, 1.0), (1, 2.0), (2, 0.0)]], rules, 3)
+
+    assert not is_prunable(span.shape)
+    assert recompress(span, max_kept_tokens=1).layers[0].lengths == (3,)
+
+
+def test_lists_that_heads_share_compete_layer_against_layer():
+    scores = torch.zeros(NUM_LAYERS, NUM_HEADS, 12)
+    scores[2, :, 3:9] = 5.0
+    policy = CompressionPolicy(keep_ratio=1.0, unit="token", window_size=1, sink_tokens=1)
+    span = span_of(scores, policy)
+    name = policy.canonical() + " spread=adaptive"
+    span = CompressedKV(replace(span.shape, policy=name), span.memory)
+
+    found = recompress(span, max_kept_tokens=3)
+
+    kept = [layer.positions.sub(FIRST_TOKEN).tolist() for layer in found.layers]
+    assert kept == [[0, 11], [0, 11], [0, 3, 4, 5, 6, 11], [0, 11]]
+    assert found.layers[2].lengths == (6, 6)
+    assert found.num_kept_tokens == 3
