@@ -78,10 +78,10 @@ async def test_lists_that_compete_keep_the_budget_on_the_average(
 
     await compactor.compact("default", "s-1", Target(max_kept_tokens=57))
     first = await read_session(store, "s-1")
+    ragged = open_spans(store, first.segments)
     await compactor.compact("default", "s-1", Target(shrink=0.7, floor_ratio=0.05))
 
     assert kept(first.segments) == [17, 7, 33]
-    ragged = open_spans(store, first.segments)
     assert torch.equal(
         ragged[2].memory, chunkkv.recompress(originals[2], max_kept_tokens=33).memory
     )
