@@ -23,6 +23,7 @@ from chunkkv.prefilled import Prefilled
 from chunkkv.recompress import is_prunable, recompress
 from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
 from chunkkv.selection import Selection, select, select_positions
+from chunkkv.units import Units, chunks, sentences
 
 __all__ = [
     "ChunkKVError",
@@ -43,6 +44,8 @@ __all__ = [
     "QueryProbe",
     "Selection",
     "SpanShape",
+    "Units",
+    "chunks",
     "compress",
     "decode",
     "encode",
@@ -59,6 +62,7 @@ __all__ = [
     "run_prefill",
     "select",
     "select_positions",
+    "sentences",
     "size_bytes",
     "window_scores",
 ]

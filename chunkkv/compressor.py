@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from chunkkv.cache import KeptLayer
@@ -47,7 +49,15 @@ def _compress_row(
 ) -> CompressedKV:
     """Compress one row; ``scores`` is ``(scored layers, num_kv_heads, num_tokens)``."""
     num_tokens = prefilled.num_tokens[row]
-    selection = select(scores, policy, num_layers=len(full)) if full else Selection((), ())
+    selection = Selection((), ())
+    if full:
+        ends = prefilled.sentence_ends
+        selection = select(
+            scores,
+            policy,
+            num_layers=len(full),
+            sentence_ends=None if ends is None else ends[row, -num_tokens:],
+        )
     shape = _shape(prefilled, policy, full, row, selection)
     span = CompressedKV.empty(shape, device=prefilled.cache.layers[0].keys.device)
     written: set[int] = set()
@@ -57,15 +67,17 @@ def _compress_row(
             _copy_sliding(keys, values, out, end=prefilled.first_token + num_tokens)
             continue
         ordinal = full.index(index)
-        positions = selection.lists[selection.list_of_layer[ordinal]]  # (lists, kept)
-        _gather(keys, positions + (keys.shape[1] - num_tokens), out.keys)
-        _gather(values, positions + (values.shape[1] - num_tokens), out.values)
+        rows = selection.lists[selection.list_of_layer[ordinal]]  # a row, or one for each head
+        _gather(keys, rows, keys.shape[1] - num_tokens, out.keys)
+        _gather(values, rows, values.shape[1] - num_tokens, out.values)
         which = shape.layers[index].index_list
         if which not in written:
             written.add(which)
             shared = _list_scores(scores, policy, selection.list_of_layer[ordinal])
-            out.positions.copy_((positions + prefilled.first_token).flatten())
-            _scores_of(out).copy_(shared.gather(1, positions).flatten())
+            out.positions.copy_(torch.cat(rows) + prefilled.first_token)
+            _scores_of(out).copy_(
+                torch.cat([own[row] for own, row in zip(shared, rows, strict=True)])
+            )
     return span
 
 
@@ -76,22 +88,24 @@ def _shape(
     row: int,
     selection: Selection,
 ) -> SpanShape:
-    lists = [positions.numel() for positions in selection.lists]
+    lists = [sum(map(len, rows)) for rows in selection.lists]
     sliding_lists: dict[int, int] = {}  # sliding layers that hold equally many tokens share a list
     layers = []
     for index, layer in enumerate(prefilled.cache.layers):
         num_heads, held, key_dim = layer.keys.shape[1:]
         if index in full:
             which = selection.list_of_layer[full.index(index)]
-            kept = selection.lists[which].shape[-1]
+            rows = selection.lists[which]
+            lengths = (
+                tuple(map(len, rows)) if len(rows) == num_heads else (len(rows[0]),) * num_heads
+            )
         else:
             kept = min(held, prefilled.first_token + prefilled.num_tokens[row])
             which = sliding_lists.setdefault(kept, len(lists))
             lists[which:] = [kept]
+            lengths = (kept,) * num_heads
         layers.append(
-            LayerShape(
-                (kept,) * num_heads, key_dim, layer.values.shape[-1], which, index not in full
-            )
+            LayerShape(lengths, key_dim, layer.values.shape[-1], which, index not in full)
         )
     return SpanShape(
         fingerprint=prefilled.fingerprint,
@@ -120,15 +134,16 @@ def _scores_of(out: LayerKV) -> torch.Tensor:
     return out.scores
 
 
-def _gather(source: torch.Tensor, positions: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy ``source[h, positions[h or 0]]`` into ``out``, head after head."""
+def _gather(
+    source: torch.Tensor, rows: Sequence[torch.Tensor], start: int, out: torch.Tensor
+) -> None:
+    """Copy ``source[h, start + rows[h or 0]]`` into ``out``, head after head."""
     num_heads, _, dim = source.shape
-    target = out.view(num_heads, -1, dim)
-    if positions.shape[0] == 1:
-        torch.index_select(source, 1, positions[0], out=target)
+    if len(rows) == 1:
+        torch.index_select(source, 1, rows[0] + start, out=out.view(num_heads, -1, dim))
         return
-    for head in range(num_heads):
-        torch.index_select(source[head], 0, positions[head], out=target[head])
+    for head, part in enumerate(out.split([len(row) for row in rows])):
+        torch.index_select(source[head], 0, rows[head] + start, out=part)
 
 
 def _copy_sliding(keys: torch.Tensor, values: torch.Tensor, out: LayerKV, *, end: int) -> None:

@@ -23,6 +23,8 @@ class Prefilled:
         reconstruction: By index of each full-attention layer: the most attention that a token
             received while the text was repeated, ``(batch, num_kv_heads, longest)`` float32;
             ``None`` if it was not.
+        sentence_ends: ``(batch, longest)`` bool: the token ends a sentence; ``None`` if nobody
+            said. Policies of unit ``sentence`` need it.
     """
 
     cache: KVCache
@@ -31,6 +33,7 @@ class Prefilled:
     num_tokens: tuple[int, ...]
     fingerprint: str
     reconstruction: dict[int, torch.Tensor] | None = None
+    sentence_ends: torch.Tensor | None = None
 
     @property
     def longest(self) -> int:

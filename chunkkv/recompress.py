@@ -38,14 +38,14 @@ def recompress(
     """Return the span with fewer tokens in its lists of positions, in a precision.
 
     How many each list keeps follows the policy's spread: ``uniform``, no more than the budget;
-    ``pyramid``, a share of the budget of all lists together, by what it holds more than one token;
+    ``pyramid``, window, sink, and a share of what the lists' budgets leave, by what it holds;
     ``adaptive``, what the ranking gives it in which the units of all lists compete for that budget.
-    Then, in each list: the last tokens of the observation window stay, then the sink, as far as
-    the budget goes; the rest goes to the chunks of the original grid in the order of their kept
-    tokens' summed scores, and the first that does not fit any more gives its best tokens. With
-    ``adaptive``, a list's floor of the budget goes to its best units before that. Layers with a
-    sliding window stay as the model holds them. The span keeps its policy's name: the rules are
-    still those.
+    In each list, the last tokens of the observation window stay, then the sink, as far as the
+    budget goes; the rest goes to the chunks of the original grid in the order of their kept tokens'
+    summed scores (sentences: average), and the first that does not fit any more gives its best
+    tokens. With ``adaptive``, a list's floor of the budget goes to its best units before that.
+    Gating is not done again. Layers with a sliding window stay as the model holds them. The span
+    keeps its policy's name: the rules are still those.
 
     Args:
         kv: On the CPU. One that has no scores (``is_prunable``) keeps all its tokens.
@@ -201,7 +201,9 @@ def _kept_of_all(
         budget: Entries of each row, at most or on the average; at least 1.
     """
     held = [len(row.places) for row in rows]
-    budgets = _shares(held, budget) if rules.spread == "pyramid" else [budget] * len(rows)
+    budgets = [budget] * len(rows)
+    if rules.spread == "pyramid":
+        budgets = _shares(rows, num_tokens, rules, budget)
     is_shared = rules.spread == "adaptive"
     fits = all(n <= most for n, most in zip(held, budgets, strict=True))
     if fits or (is_shared and sum(held) <= sum(budgets)):
@@ -213,16 +215,17 @@ def _kept_of_all(
     return [_kept(row, num_tokens, rules, own) for row, own in zip(rows, budgets, strict=True)]
 
 
-def _shares(held: Sequence[int], budget: int) -> list[int]:
-    """Return ``budget`` a row shared out: one to each that has any, the rest in proportion."""
-    ones = [min(n, 1) for n in held]
-    more, total = sum(held) - sum(ones), min(budget * len(held), sum(held)) - sum(ones)
+def _shares(rows: Sequence[_Row], num_tokens: int, rules: _Rules, budget: int) -> list[int]:
+    """Return ``budget`` a row shared out: window and sink, and the rest by what each has of it."""
+    held = [len(row.places) for row in rows]
+    always = [sum(row.always(num_tokens, rules, budget)) for row in rows]
+    more, given = sum(held) - sum(always), min(budget * len(rows), sum(held)) - sum(always)
     if more == 0:
-        return ones
-    parts = [divmod((n - one) * total, more) for n, one in zip(held, ones, strict=True)]
-    missing = total - sum(whole for whole, _ in parts)
-    first = sorted(range(len(held)), key=lambda row: -parts[row][1])[:missing]
-    return [ones[row] + whole + (row in first) for row, (whole, _) in enumerate(parts)]
+        return held
+    parts = [divmod((n - own) * given, more) for n, own in zip(held, always, strict=True)]
+    missing = given - sum(whole for whole, _ in parts)
+    first = sorted(range(len(rows)), key=lambda row: -parts[row][1])[:missing]
+    return [always[row] + whole + (row in first) for row, (whole, _) in enumerate(parts)]
 
 
 def _kept(row: _Row, num_tokens: int, rules: _Rules, budget: int) -> torch.Tensor:
@@ -233,7 +236,8 @@ def _kept(row: _Row, num_tokens: int, rules: _Rules, budget: int) -> torch.Tenso
     num_sink, num_window = row.always(num_tokens, rules, budget)
     start, stop = num_sink, kept - num_window
     body = row.part(start, stop)
-    best = _best(body.units(rules), body.scores, budget - num_window - num_sink)
+    ranked = _ranked(body.units(rules), body.scores, rules)
+    best = ranked.tokens[: budget - num_window - num_sink].sort().values
     return torch.cat([torch.arange(start), start + best, torch.arange(stop, kept)])
 
 
@@ -245,23 +249,22 @@ def _kept_together(
     The rows hold more than that.
     """
     kept, units, scores = [], [], []
-    num_ranked = 0
+    num_units = 0
     for row in rows:
         num_sink, num_window = row.always(num_tokens, rules, budget)
         start, stop = num_sink, len(row.places) - num_window
         own, body = torch.ones(len(row.places), dtype=torch.bool), row.part(start, stop)
-        of_token, share = body.units(rules), budget - num_sink - num_window
         own[start:stop] = False
-        floor = min(int(rules.floor * share), stop - start)
-        own[start + _best(of_token, body.scores, floor)] = True
-        num_ranked += share - floor
+        of_token = body.units(rules)
+        floor = int(rules.floor * (budget - num_sink - num_window))
+        own[start + _ranked(of_token, body.scores, rules).whole(floor)] = True
         kept.append(own)
-        units.append(of_token[~own[start:stop]])
+        # Units of different rows are different ones.
+        units.append(of_token[~own[start:stop]] + num_units)
         scores.append(row.scores[~own])
-    # Units of different rows have different numbers.
-    counts = [int(own[-1]) + 1 if len(own) else 0 for own in units]
-    numbered = [own + sum(counts[:row]) for row, own in enumerate(units)]
-    best = _best(torch.cat(numbered), torch.cat(scores), num_ranked)
+        num_units += int(of_token[-1]) + 1 if len(of_token) else 0
+    room = budget * len(rows) - sum(int(own.sum()) for own in kept)
+    best = _ranked(torch.cat(units), torch.cat(scores), rules).tokens[:room]
     chosen = torch.zeros(sum(map(len, units)), dtype=torch.bool)
     chosen[best] = True
     for own, more in zip(kept, torch.split(chosen, list(map(len, units))), strict=True):
@@ -269,23 +272,35 @@ def _kept_together(
     return [own.nonzero()[:, 0] for own in kept]
 
 
-def _best(chunks: torch.Tensor, scores: torch.Tensor, budget: int) -> torch.Tensor:
-    """Return ``budget`` indices, ascending, of tokens with these chunks and scores.
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Tokens in the order in which they are kept: units by rank, inside one its best tokens first.
 
-    Args:
-        chunks: ``(n,)`` int64, ascending: the chunk of each token.
-        scores: ``(n,)``.
-        budget: 0 to ``n``.
+    Attributes:
+        tokens: ``(n,)`` int64: their indices.
+        ends: ``(units,)`` int64: how many of them the units up to each one have.
     """
-    _, of_token, sizes = torch.unique_consecutive(chunks, return_inverse=True, return_counts=True)
-    sums = scores.new_zeros(len(sizes)).index_add(0, of_token, scores)
-    order = sums.sort(descending=True, stable=True).indices
+
+    tokens: torch.Tensor
+    ends: torch.Tensor
+
+    def whole(self, num_tokens: int) -> torch.Tensor:
+        """Return the tokens of the first units, as far as ``num_tokens`` has room for all."""
+        ends = self.ends[self.ends <= num_tokens]
+        return self.tokens[: int(ends[-1])] if len(ends) else self.tokens[:0]
+
+
+def _ranked(units: torch.Tensor, scores: torch.Tensor, rules: _Rules) -> _Ranked:
+    """Return the order of tokens with these units, ``(n,)`` int64, ascending, and scores."""
+    _, of_token, sizes = torch.unique_consecutive(units, return_inverse=True, return_counts=True)
+    worth = scores.new_zeros(len(sizes)).index_add(0, of_token, scores)
+    if rules.cut == "sentence":
+        worth /= sizes  # as selection does it: sentences differ in length
+    order = worth.sort(descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
-    # Chunks by rank, inside a chunk its best tokens first: the first ones of that are kept.
     by_score = scores.sort(descending=True, stable=True).indices
-    by_chunk = rank[of_token[by_score]].sort(stable=True).indices
-    ranked = by_score[by_chunk][:budget]
-    return ranked.sort().values
+    by_unit = rank[of_token[by_score]].sort(stable=True).indices
+    return _Ranked(by_score[by_unit], sizes[order].cumsum(0))
 
 
 def _gather(view: LayerKV, rows: list[torch.Tensor], out: LayerKV) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final
 
 import torch
 
 from chunkkv.errors import InvalidInputError
 from chunkkv.policy import CompressionPolicy
+from chunkkv.units import Units, chunks, sentences
+
+# Of an equal share, what the last layer gets of a pyramid. As PyramidKV's default (beta = 20).
+_LEAST_SHARE: Final = Fraction(1, 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +24,13 @@ class Selection:
     """Positions to keep in every layer of one sequence.
 
     Attributes:
-        lists: ``(num_lists, budget)`` int64 each, ascending; ``num_lists`` is 1 (the layer's heads
-            share it) or ``num_kv_heads``.
+        lists: For each list its rows: one that the layer's heads share, or one for each KV head.
+            A row is ``(kept,)`` int64, ascending.
         list_of_layer: For each layer, which of ``lists`` it keeps. Layers that share positions
             share the list.
     """
 
-    lists: tuple[torch.Tensor, ...]
+    lists: tuple[tuple[torch.Tensor, ...], ...]
     list_of_layer: tuple[int, ...]
 
 
@@ -34,7 +42,13 @@ def scored_layers(policy: CompressionPolicy, num_layers: int) -> range:
     return range(0, num_layers, policy.reuse_interval if policy.scope == "group" else 1)
 
 
-def select(scores: torch.Tensor, policy: CompressionPolicy, *, num_layers: int) -> Selection:
+def select(
+    scores: torch.Tensor,
+    policy: CompressionPolicy,
+    *,
+    num_layers: int,
+    sentence_ends: torch.Tensor | None = None,
+) -> Selection:
     """Choose the positions of one sequence.
 
     Args:
@@ -42,9 +56,11 @@ def select(scores: torch.Tensor, policy: CompressionPolicy, *, num_layers: int) 
             higher is more important.
         policy: What to keep.
         num_layers: Layers of the model that take part.
+        sentence_ends: ``(seq_len,)`` bool: the token ends a sentence. For unit ``sentence``.
 
     Raises:
-        InvalidInputError: Scores are not finite, or of another number of layers.
+        InvalidInputError: Scores are not finite, or of another number of layers, or the policy
+            cuts at sentences and nothing says where they end.
     """
     expected = len(scored_layers(policy, num_layers))
     if scores.shape[0] != expected:
@@ -56,89 +72,200 @@ def select(scores: torch.Tensor, policy: CompressionPolicy, *, num_layers: int) 
     # After the sums, which are smaller and keep what is not finite.
     if not math.isfinite(scores.sum()):
         raise InvalidInputError("scores are not finite: the model's attention overflowed")
-    positions = select_positions(
-        scores,
-        policy.budget(scores.shape[-1]),
-        unit_tokens=policy.ranked_tokens,
+    seq_len = scores.shape[-1]
+    rows = select_positions(
+        scores.flatten(0, 1),
+        _budgets(policy, seq_len, num_layers=scores.shape[0], num_rows=scores.shape[1]),
+        _units(policy, seq_len, sentence_ends, scores.device),
         window_size=policy.window_size,
         sink_tokens=policy.sink_tokens,
+        is_shared=policy.spread == "adaptive",
+        floor=policy.head_floor,
+        gating=policy.gating,
     )
+    per_list = scores.shape[1]
+    lists = tuple(tuple(rows[i : i + per_list]) for i in range(0, len(rows), per_list))
     interval = {"group": policy.reuse_interval, "global": num_layers}.get(policy.scope, 1)
-    return Selection(positions.unbind(0), tuple(i // interval for i in range(num_layers)))
+    return Selection(lists, tuple(i // interval for i in range(num_layers)))
 
 
 def select_positions(
-    scores: torch.Tensor, budget: int, *, unit_tokens: int, window_size: int, sink_tokens: int
-) -> torch.Tensor:
-    """Return exactly ``budget`` positions for each row of scores, ascending.
+    scores: torch.Tensor,
+    budgets: Sequence[int],
+    units: Units,
+    *,
+    window_size: int,
+    sink_tokens: int,
+    is_shared: bool = False,
+    floor: float = 0.0,
+    gating: float = 0.0,
+) -> list[torch.Tensor]:
+    """Return the positions to keep of each row of scores, ascending.
 
-    The last ``window_size`` tokens are kept, then the first ``sink_tokens``, as far as the budget
-    goes. What is left goes to whole chunks ``[i * unit_tokens, (i + 1) * unit_tokens)``, cut where
-    they meet sink or window, in the order of their summed scores (of equals the earlier); the
-    first chunk that does not fit any more gives its best tokens.
+    The last ``window_size`` tokens are kept, then the first ``sink_tokens``, as far as a row's
+    budget goes. What is left goes to whole units, cut where they meet sink or window, in the order
+    of their tokens' summed scores (of equals the earlier); the first unit that does not fit any
+    more gives its best tokens.
 
     Args:
-        scores: ``(..., seq_len)``, finite.
-        budget: Positions to keep; all are kept if it is ``seq_len`` or more.
-        unit_tokens: Tokens in a chunk; 1 selects single tokens.
+        scores: ``(rows, seq_len)``, finite.
+        budgets: Positions to keep of each row; all are kept if it is ``seq_len`` or more.
+        units: What is kept or dropped together.
         window_size: See above.
         sink_tokens: See above.
+        is_shared: The rows share one budget, the sum of all: their units compete in one ranking.
+        floor: If they do: the fraction of its own budget that goes to a row's best units first.
+        gating: A unit whose scores have less than this fraction of the entropy that equal ones
+            would have, is kept with its best tokens only: as many as its perplexity, rounded up.
+            The others come last.
 
     Returns:
-        ``(..., min(budget, seq_len))`` int64.
+        ``(min(budget, seq_len),)`` int64 for each row; of rows that share, other numbers with the
+        same sum.
 
     Source: ChunkKV, Algorithm 1. Deviations: the budget is exact, where the paper keeps whole
-    chunks only; chunks that overlap the window are cut, not kept twice.
+    chunks only; chunks that overlap the window are cut, not kept twice. AdaKV
+    (https://arxiv.org/abs/2407.11550) for ``is_shared`` and ``floor``, on chunks, and over all
+    layers as KVzip (https://arxiv.org/abs/2505.23416) does.
     """
     seq_len = scores.shape[-1]
-    budget = min(budget, seq_len)
-    # One chunk holds everything; its size must not cost memory.
-    unit_tokens = min(unit_tokens, seq_len)
-    num_window = min(window_size, budget)
-    num_sink = min(sink_tokens, budget - num_window)
+    budget = torch.tensor(budgets, device=scores.device).clamp(max=seq_len)[:, None]  # (rows, 1)
+    num_window = budget.clamp(max=window_size)
+    num_sink = (budget - num_window).clamp(max=sink_tokens)
+    order = torch.arange(seq_len, device=scores.device)
+    kept = (order >= seq_len - num_window) | (order < num_sink)
     num_ranked = budget - num_window - num_sink
+    if int(num_ranked.sum()) > 0:
+        ranking = _Ranking.of(scores, ~kept, units, gating=gating)
+        if is_shared:
+            best = ranking.with_floor(num_ranked.float().mul(floor).long())
+            chosen = best.joined().best(num_ranked.sum().view(1, 1))
+        else:
+            chosen = ranking.best(num_ranked)
+        # Gated units stand in two tiers: their best tokens, and the others.
+        tiers = chosen.view(scores.shape[0], -1, units.num_units, units.unit_tokens)
+        kept |= units.tokens(tiers.any(dim=1))
+    counts = kept.sum(dim=1).tolist()
+    return list(kept.nonzero()[:, 1].split(counts))
 
-    rows = scores.reshape(-1, seq_len)
-    keep = torch.zeros(rows.shape, dtype=torch.bool, device=scores.device)
-    keep[:, seq_len - num_window :] = True
-    keep[:, :num_sink] = True
-    if num_ranked > 0:
-        body = rows[:, num_sink : seq_len - num_window]
-        chosen = _best_of_body(
-            body, num_ranked, unit_tokens, first_chunk_cut=num_sink % unit_tokens
+
+@dataclass(frozen=True, slots=True)
+class _Ranking:
+    """The units of some rows, to be kept in the order of their tiers, then of their scores.
+
+    Attributes:
+        scores: ``(rows, units, unit_tokens)``: of each token.
+        is_member: The same shape: the slot holds a token that may be chosen.
+        tiers: ``(rows, units)`` int64: lower ones come first.
+        by_mean: Units are as good as their average token, not as the sum.
+    """
+
+    scores: torch.Tensor
+    is_member: torch.Tensor
+    tiers: torch.Tensor
+    by_mean: bool
+
+    @classmethod
+    def of(
+        cls, scores: torch.Tensor, is_body: torch.Tensor, units: Units, *, gating: float
+    ) -> _Ranking:
+        """Return the ranking of the body's units; both ``(rows, seq_len)``."""
+        grid, is_member = units.grid(scores), units.grid(is_body)
+        tiers = torch.zeros(grid.shape[:2], dtype=torch.int64, device=scores.device)
+        if gating > 0:
+            is_best = is_member & _stands_out(grid * is_member, is_member, gating)
+            grid = torch.cat([grid, grid], dim=1)
+            is_member = torch.cat([is_best, is_member & ~is_best], dim=1)
+            tiers = torch.cat([tiers, tiers + 1], dim=1)
+        return cls(grid, is_member, tiers, units.by_mean)
+
+    def joined(self) -> _Ranking:
+        """Return one row of all rows' units."""
+        return _Ranking(
+            self.scores.flatten(0, 1)[None],
+            self.is_member.flatten(0, 1)[None],
+            self.tiers.flatten()[None],
+            self.by_mean,
         )
-        keep[:, num_sink : seq_len - num_window] = chosen
-    positions = keep.nonzero()[:, 1]
-    return positions.view(*scores.shape[:-1], budget)
+
+    def with_floor(self, num_tokens: torch.Tensor) -> _Ranking:
+        """Return it with each row's best units of ``num_tokens``, ``(rows, 1)``, before all."""
+        order, filled = self._in_order()
+        is_first = torch.zeros_like(self.tiers, dtype=torch.bool)
+        is_first.scatter_(1, order, filled <= num_tokens)
+        return _Ranking(
+            self.scores, self.is_member, self.tiers.masked_fill(is_first, -1), self.by_mean
+        )
+
+    def best(self, num_tokens: torch.Tensor) -> torch.Tensor:
+        """Return the slots of the best ``num_tokens``, ``(rows, 1)``; all rows have so many."""
+        order, filled = self._in_order()
+        is_whole = torch.zeros_like(self.tiers, dtype=torch.bool)
+        is_whole.scatter_(1, order, filled <= num_tokens)
+        chosen = self.is_member & is_whole[..., None]
+
+        # At most one unit a row is cut: the first, in rank, that overflows the budget.
+        num_whole = (filled <= num_tokens).sum(dim=-1, keepdim=True)  # (rows, 1)
+        taken = filled.gather(1, (num_whole - 1).clamp(min=0)) * (num_whole > 0)
+        cut = order.gather(1, num_whole.clamp(max=order.shape[1] - 1))
+        inside = cut[..., None].expand(-1, -1, self.scores.shape[2])  # (rows, 1, unit_tokens)
+        is_member = self.is_member.gather(1, inside)
+        token_scores = self.scores.gather(1, inside).masked_fill(~is_member, float("-inf"))
+        rank = token_scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+        added = is_member & (rank < (num_tokens - taken)[..., None])
+        return chosen.scatter(1, inside, chosen.gather(1, inside) | added)
+
+    def _in_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the units by rank, and the tokens of all up to each: ``(rows, units)`` both."""
+        sizes = self.is_member.sum(dim=-1)
+        scores = (self.scores * self.is_member).sum(dim=-1)
+        if self.by_mean:
+            scores /= sizes.clamp(min=1)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        if self.tiers.any():
+            by_tier = self.tiers.gather(1, order).sort(dim=-1, stable=True).indices
+            order = order.gather(1, by_tier)
+        return order, sizes.gather(1, order).cumsum(dim=-1)
 
 
-def _best_of_body(
-    body: torch.Tensor, num_ranked: int, unit_tokens: int, *, first_chunk_cut: int
-) -> torch.Tensor:
-    """Return a mask over ``body`` ``(rows, length)`` with ``num_ranked`` tokens in each row."""
-    rows, length = body.shape
-    num_chunks = -(-(first_chunk_cut + length) // unit_tokens)
-    padded = body.new_zeros(rows, num_chunks * unit_tokens)
-    padded[:, first_chunk_cut : first_chunk_cut + length] = body
-    chunk_scores = padded.view(rows, num_chunks, unit_tokens).sum(dim=-1)
+def _stands_out(scores: torch.Tensor, is_member: torch.Tensor, gating: float) -> torch.Tensor:
+    """Return which tokens of units ``(rows, units, unit_tokens)`` are kept with their unit."""
+    shares = scores / scores.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+    entropy = torch.special.entr(shares).sum(dim=-1)
+    is_gated = entropy < gating * is_member.sum(dim=-1).clamp(min=1).log()
+    rank = scores.masked_fill(~is_member, -1.0).sort(dim=-1, descending=True, stable=True)
+    is_best = rank.indices.argsort(dim=-1) < entropy.exp().ceil()[..., None]
+    return is_best | ~is_gated[..., None]
 
-    sizes = torch.full((num_chunks,), unit_tokens, device=body.device)
-    sizes[0] -= first_chunk_cut
-    sizes[-1] -= num_chunks * unit_tokens - first_chunk_cut - length
-    order = chunk_scores.sort(dim=-1, descending=True, stable=True).indices  # (rows, num_chunks)
-    filled = sizes[order].cumsum(dim=-1)
-    whole = torch.zeros(rows, num_chunks, dtype=torch.bool, device=body.device)
-    whole.scatter_(1, order, filled <= num_ranked)
-    mask = whole.repeat_interleave(unit_tokens, dim=1)
 
-    # At most one chunk a row is cut: the first, in rank, that overflows the budget.
-    num_whole = (filled <= num_ranked).sum(dim=-1, keepdim=True)  # (rows, 1)
-    taken = filled.gather(1, (num_whole - 1).clamp(min=0)) * (num_whole > 0)
-    missing = num_ranked - taken  # (rows, 1), tokens that the cut chunk gives
-    cut_chunk = order.gather(1, num_whole.clamp(max=num_chunks - 1))
-    inside = cut_chunk * unit_tokens + torch.arange(unit_tokens, device=body.device)
-    is_body = (inside >= first_chunk_cut) & (inside < first_chunk_cut + length)
-    token_scores = padded.gather(1, inside).masked_fill(~is_body, float("-inf"))
-    rank = token_scores.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
-    mask.scatter_(1, inside, mask.gather(1, inside) | (rank < missing))
-    return mask[:, first_chunk_cut : first_chunk_cut + length]
+def _units(
+    policy: CompressionPolicy,
+    seq_len: int,
+    sentence_ends: torch.Tensor | None,
+    device: torch.device,
+) -> Units:
+    if policy.unit != "sentence":
+        return chunks(seq_len, policy.ranked_tokens, device)
+    if sentence_ends is None:
+        raise InvalidInputError("unit is 'sentence'; say which tokens end one (sentence_ends)")
+    return sentences(sentence_ends, policy.chunk_size)
+
+
+def _budgets(
+    policy: CompressionPolicy, seq_len: int, *, num_layers: int, num_rows: int
+) -> list[int]:
+    """Return the tokens that each row keeps, layer after layer."""
+    budget = policy.budget(seq_len)
+    always = min(budget, policy.window_size + policy.sink_tokens)
+    if policy.spread != "pyramid" or num_layers < 2:
+        return [budget] * (num_layers * num_rows)
+    # A line from the first layer to the last, whose mean is an equal share.
+    share = budget - always
+    least = max(share * _LEAST_SHARE, 2 * share - (seq_len - always))
+    step = 2 * (share - least) / (num_layers - 1)
+    ends = [
+        layer * (2 * share - least) - step * layer * (layer - 1) / 2
+        for layer in range(num_layers + 1)
+    ]
+    ranked = [math.floor(end) - math.floor(start) for start, end in itertools.pairwise(ends)]
+    return [always + tokens for tokens in ranked for _ in range(num_rows)]

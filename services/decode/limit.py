@@ -58,6 +58,9 @@ class KVLimit:
             max_kept_tokens=num_kept,
             # The sink is the beginning of the conversation, not that of an answer.
             sink_tokens=0,
+            # The tail has one length in all layers and heads, and nobody knows its sentences.
+            spread="uniform",
+            unit="token" if self.policy.unit == "token" else "chunk",
         )
 
     def canonical(self) -> str:
@@ -118,7 +121,7 @@ def chosen_tokens(
         ]
     )
     selection = chunkkv.select(scores, policy, num_layers=len(layers))
-    return [selection.lists[which] for which in selection.list_of_layer]
+    return [torch.stack(selection.lists[which]) for which in selection.list_of_layer]
 
 
 def _scores(

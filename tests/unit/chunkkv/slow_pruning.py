@@ -26,19 +26,24 @@ def slow_units(places: Sequence[int], *, unit: int, is_sentence: bool) -> list[l
     return units
 
 
-def best(units: Sequence[Sequence[tuple[int, int]]], rows: Sequence[Row], budget: int) -> set:
-    """Return ``budget`` of the tokens (row, index): whole units, then the best of the next."""
+def always_kept(row: Row, budget: int, num_tokens: int, *, window: int, sink: int) -> set[int]:
+    """Return the indices of window and sink, as far as the budget goes."""
+    last = [i for i in range(len(row)) if row[i][0] >= num_tokens - window]
+    last = last[max(0, len(last) - budget) :]
+    first = [i for i in range(len(row)) if row[i][0] < sink and i not in last]
+    return {*first[: budget - len(last)], *last}
 
-    def score(token: tuple[int, int]) -> float:
-        return rows[token[0]][token[1]][1]
 
-    taken: set[tuple[int, int]] = set()
-    for own in sorted(units, key=lambda own: -sum(map(score, own))):
-        room = budget - len(taken)
-        taken |= set(own if len(own) <= room else sorted(own, key=lambda t: -score(t))[:room])
-        if len(own) > room:
-            break
-    return taken
+def in_order(
+    units: Sequence[list[tuple[int, int]]], rows: Sequence[Row], *, by_mean: bool
+) -> list[list[tuple[int, int]]]:
+    """Return units of tokens (row, index), the best first."""
+
+    def score(unit: list[tuple[int, int]]) -> float:
+        total = sum(rows[row][index][1] for row, index in unit)
+        return total / len(unit) if by_mean else total
+
+    return sorted(units, key=lambda unit: -score(unit))
 
 
 def slow_adaptive(
@@ -58,18 +63,21 @@ def slow_adaptive(
     kept: set[tuple[int, int]] = set()
     competing = []
     for r, row in enumerate(rows):
-        last = [i for i in range(len(row)) if row[i][0] >= num_tokens - window]
-        last = last[max(0, len(last) - budget) :]
-        first = [i for i in range(len(row)) if row[i][0] < sink and i not in last]
-        first = first[: budget - len(last)]
-        always = set(first + last)
+        always = always_kept(row, budget, num_tokens, window=window, sink=sink)
+        kept |= {(r, i) for i in always}
         body = [i for i in range(len(row)) if i not in always]
         units = [
             [(r, body[i]) for i in own]
             for own in slow_units([row[i][0] for i in body], unit=unit, is_sentence=is_sentence)
         ]
-        own = best(units, rows, int(floor * (budget - len(always))))
-        kept |= {(r, i) for i in always} | own
-        competing += [[token for token in tokens if token not in own] for tokens in units]
-    kept |= best([own for own in competing if own], rows, budget * len(rows) - len(kept))
+        room = int(floor * (budget - len(always)))
+        for own in in_order(units, rows, by_mean=is_sentence):
+            room -= len(own)
+            if room < 0:
+                break
+            kept |= set(own)
+        competing += [own for own in units if not kept & set(own)]
+    for own in in_order(competing, rows, by_mean=is_sentence):
+        room = budget * len(rows) - len(kept)
+        kept |= set(sorted(own, key=lambda token: -rows[token[0]][token[1]][1])[:room])
     return [[row[i][0] for i in range(len(row)) if (r, i) in kept] for r, row in enumerate(rows)]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slow_pruning import slow_adaptive
-from slow_selection import slow_positions
+from slow_pruning import always_kept, slow_adaptive
+from slow_selection import slow_rows
 
 from chunkkv import (
     CompressedKV,
@@ -62,13 +62,13 @@ def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
                 LayerShape((kept,) * NUM_HEADS, DIM, DIM, which)
                 for which in selection.list_of_layer
             ),
-            index_lengths=tuple(rows.numel() for rows in selection.lists),
+            index_lengths=tuple(sum(map(len, rows)) for rows in selection.lists),
             has_scores=True,
         )
     )
     for index, view in enumerate(span.layers):
         which = selection.list_of_layer[index]
-        rows = selection.lists[which]
+        rows = torch.stack(selection.lists[which])
         view.positions.copy_(rows.flatten() + FIRST_TOKEN)
         assert view.scores is not None
         view.scores.copy_(shared[which].gather(1, rows).flatten())
@@ -137,8 +137,8 @@ def test_a_whole_list_is_chosen_from_as_the_slow_reference_does(
 
     found = recompress(span, max_kept_tokens=budget)
 
-    expected = slow_positions(
-        scores.tolist(), budget, unit_tokens=unit, window_size=window, sink_tokens=sink
+    [expected] = slow_rows(
+        [scores.tolist()], [budget], unit_tokens=unit, window_size=window, sink_tokens=sink
     )
     assert (found.layers[0].positions - FIRST_TOKEN).tolist() == expected
 
@@ -357,25 +357,23 @@ def test_lists_of_a_pyramid_shrink_in_proportion(
 
     held, kept = [len(row) for row in rows], found.layers[0].lengths
     assert sum(kept) == min(budget * len(rows), sum(held))
-    num_used = sum(map(bool, held))
-    share = (sum(kept) - num_used) / max(1, sum(held) - num_used)
-    for own, row, places in zip(kept, rows, places_of(found), strict=True):
-        if not row:
-            assert own == 0
-            continue
-        assert 1 <= own <= len(row)
-        assert abs(own - 1 - share * (len(row) - 1)) < 1
-        alone = span_of_rows([row], uniform, num_tokens)
-        assert [places] == places_of(recompress(alone, max_kept_tokens=own))
+    always = [len(always_kept(row, budget, num_tokens, window=2, sink=1)) for row in rows]
+    share = (sum(kept) - sum(always)) / max(1, sum(held) - sum(always))
+    for own, row, least, places in zip(kept, rows, always, places_of(found), strict=True):
+        assert least <= own <= len(row)
+        assert abs(own - least - share * (len(row) - least)) < 1
+        if own > 0:
+            alone = span_of_rows([row], uniform, num_tokens)
+            assert [places] == places_of(recompress(alone, max_kept_tokens=own))
 
 
 def test_pyramid_keeps_its_proportions():
     rules = "keep_ratio=1 scorer=window unit=1 scope=head window=1 sink=0 spread=pyramid"
-    rows = [[(place, 1.0) for place in range(n)] for n in (41, 21, 11, 1)]
+    rows = [[(place, 1.0) for place in [*range(n), 49]] for n in (40, 20, 10, 0)]
 
-    found = recompress(span_of_rows(rows, rules, 41), max_kept_tokens=9)
+    found = recompress(span_of_rows(rows, rules, 50), max_kept_tokens=9)
 
-    assert found.layers[0].lengths == (19, 10, 6, 1)
+    assert found.layers[0].lengths == (1 + 18, 1 + 9, 1 + 5, 1)
 
 
 def test_neighbours_that_were_cut_at_sentences_are_one_unit():
@@ -383,8 +381,8 @@ def test_neighbours_that_were_cut_at_sentences_are_one_unit():
     scores = {2: 1.0, 3: 1, 7: 2, 8: 2, 9: 2, 10: 2, 11: 5, 12: 0, 19: 0}
     span = span_of_rows([list(scores.items())], rules, 20)
 
-    # 2 and 3; 7 to 10, as many as a sentence has at most; 11 and 12; and the window.
-    assert places_of(recompress(span, max_kept_tokens=5)) == [[7, 8, 9, 10, 19]]
+    # 11 and 12; 7 to 10, as many as a sentence has at most; 2 and 3, by their means; the window.
+    assert places_of(recompress(span, max_kept_tokens=3)) == [[11, 12, 19]]
     assert places_of(recompress(span, max_kept_tokens=7)) == [[7, 8, 9, 10, 11, 12, 19]]
     assert places_of(recompress(span, max_kept_tokens=8)) == [[2, 7, 8, 9, 10, 11, 12, 19]]
 
