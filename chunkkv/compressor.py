@@ -142,7 +142,7 @@ def _gather(
     if len(rows) == 1:
         torch.index_select(source, 1, rows[0] + start, out=out.view(num_heads, -1, dim))
         return
-    for head, part in enumerate(out.split([len(row) for row in rows])):
+    for head, part in enumerate(torch.split(out, [len(row) for row in rows])):
         torch.index_select(source[head], 0, rows[head] + start, out=part)
 
 

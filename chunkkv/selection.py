@@ -146,7 +146,7 @@ def select_positions(
         tiers = chosen.view(scores.shape[0], -1, units.num_units, units.unit_tokens)
         kept |= units.tokens(tiers.any(dim=1))
     counts = kept.sum(dim=1).tolist()
-    return list(kept.nonzero()[:, 1].split(counts))
+    return list(torch.split(kept.nonzero()[:, 1], counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +235,8 @@ def _stands_out(scores: torch.Tensor, is_member: torch.Tensor, gating: float) ->
     is_gated = entropy < gating * is_member.sum(dim=-1).clamp(min=1).log()
     rank = scores.masked_fill(~is_member, -1.0).sort(dim=-1, descending=True, stable=True)
     is_best = rank.indices.argsort(dim=-1) < entropy.exp().ceil()[..., None]
-    return is_best | ~is_gated[..., None]
+    kept: torch.Tensor = is_best | ~is_gated[..., None]
+    return kept
 
 
 def _units(
@@ -260,7 +261,7 @@ def _budgets(
     if policy.spread != "pyramid" or num_layers < 2:
         return [budget] * (num_layers * num_rows)
     # A line from the first layer to the last, whose mean is an equal share.
-    share = budget - always
+    share = Fraction(budget - always)
     least = max(share * _LEAST_SHARE, 2 * share - (seq_len - always))
     step = 2 * (share - least) / (num_layers - 1)
     ends = [
