@@ -50,7 +50,7 @@ def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
         "group": read.sum(1, keepdim=True),
         "global": read.sum((0, 1))[None, None],
     }[policy.scope]
-    kept = policy.budget(num_tokens)
+    by_head = [list(rows) * (NUM_HEADS // len(rows)) for rows in selection.lists]
     span = CompressedKV.empty(
         SpanShape(
             fingerprint="model-a",
@@ -59,7 +59,7 @@ def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
             num_tokens=num_tokens,
             dtype="float32",
             layers=tuple(
-                LayerShape((kept,) * NUM_HEADS, DIM, DIM, which)
+                LayerShape(tuple(map(len, by_head[which])), DIM, DIM, which)
                 for which in selection.list_of_layer
             ),
             index_lengths=tuple(sum(map(len, rows)) for rows in selection.lists),
@@ -68,16 +68,16 @@ def span_of(scores: torch.Tensor, policy: CompressionPolicy) -> CompressedKV:
     )
     for index, view in enumerate(span.layers):
         which = selection.list_of_layer[index]
-        rows = torch.stack(selection.lists[which])
-        view.positions.copy_(rows.flatten() + FIRST_TOKEN)
+        rows = selection.lists[which]
+        view.positions.copy_(torch.cat(rows) + FIRST_TOKEN)
         assert view.scores is not None
-        view.scores.copy_(shared[which].gather(1, rows).flatten())
-        for head in range(NUM_HEADS):
-            own = rows[head % len(rows)].float()
-            view.keys.view(NUM_HEADS, kept, DIM)[head] = (own + 10_000 * index + 0.5 * head)[
-                :, None
-            ]
-            view.values.view(NUM_HEADS, kept, DIM)[head] = -own[:, None]
+        view.scores.copy_(
+            torch.cat([own[row] for own, row in zip(shared[which], rows, strict=True)])
+        )
+        places = [row.float() for row in by_head[which]]
+        keys = [own + 10_000 * index + 0.5 * head for head, own in enumerate(places)]
+        view.keys.copy_(torch.cat(keys)[:, None])
+        view.values.copy_(-torch.cat(places)[:, None])
     return span
 
 
@@ -115,6 +115,49 @@ def test_twice_chooses_what_once_chooses(
     )
 
     assert_same(found, once)
+
+
+@given(
+    choices=policies,
+    scope=st.sampled_from(["head", "layer"]),
+    floor=st.sampled_from([0.0, 0.25, 1.0]),
+    num_tokens=st.integers(1, 90),
+    budgets=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    seed=st.integers(0, 999),
+)
+def test_twice_chooses_what_once_chooses_where_lists_compete(
+    choices: dict[str, Any],
+    scope: Any,
+    floor: float,
+    num_tokens: int,
+    budgets: tuple[int, int],
+    seed: int,
+):
+    scores = integer_scores(num_tokens, seed)
+    large, small = max(budgets), min(budgets)
+    choices |= {"scope": scope, "spread": "adaptive", "head_floor": floor}
+    once = span_of(scores, CompressionPolicy(max_kept_tokens=small, **choices))
+
+    found = recompress(
+        span_of(scores, CompressionPolicy(max_kept_tokens=large, **choices)), max_kept_tokens=small
+    )
+
+    assert_same(found, once)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_pyramid_cut_again_is_the_smaller_pyramid(scope: Any):
+    scores = integer_scores(200, 3)
+    choices: dict[str, Any] = {"scope": scope, "spread": "pyramid", "unit": "token"}
+    once = span_of(scores, CompressionPolicy(max_kept_tokens=40, **choices))
+
+    found = recompress(
+        span_of(scores, CompressionPolicy(max_kept_tokens=80, **choices)), max_kept_tokens=40
+    )
+
+    assert found.num_kept_tokens == once.num_kept_tokens == 40
+    for one, other in zip(found.layers, once.layers, strict=True):
+        assert all(abs(n - m) <= 1 for n, m in zip(one.lengths, other.lengths, strict=True))
 
 
 @given(

@@ -19,12 +19,18 @@ from tests.ragged_spans import ragged_span, random_rows
 
 WHOLE = chunkkv.CompressionPolicy(keep_ratio=1.0, scope="head", window_size=4)
 LENGTHS = [[5, 20], [9, 1], [0, 30], [17, 0]]
-# A model's own: an answer stored whole is gathered into the tail, ragged spans are not.
+# Tokens of a ragged span, of one kept whole, and of another ragged one.
 PIECES = (40, 30, 50)
 
 
-def session(model: Any, ids: torch.Tensor) -> list[chunkkv.CompressedKV]:
-    """Return a ragged span, a whole one behind it, and another ragged one."""
+def session(model: Any, ids: torch.Tensor, spread: Any) -> list[chunkkv.CompressedKV]:
+    """Return a ragged span, a whole one behind it, and another ragged one.
+
+    Args:
+        model: Makes them.
+        ids: The tokens.
+        spread: Of the policy that chooses what is kept; ``None``: chosen by hand.
+    """
     slides = [layer.is_sliding for layer in chunkkv.KVCache(model.config).layers]
     lengths = [own for own, is_sliding in zip(LENGTHS, slides, strict=True) if not is_sliding]
     spans: list[chunkkv.CompressedKV] = []
@@ -36,6 +42,11 @@ def session(model: Any, ids: torch.Tensor) -> list[chunkkv.CompressedKV]:
         )
         if index == 1:
             spans.append(past.take_tail(start, fingerprint=prefilled.fingerprint))
+        elif spread is not None:
+            policy = chunkkv.CompressionPolicy(
+                keep_ratio=0.4, scope="head", spread=spread, chunk_size=3, window_size=4
+            )
+            spans += chunkkv.compress(prefilled, policy)
         else:
             [whole] = chunkkv.compress(prefilled, WHOLE)
             spans.append(ragged_span(whole, random_rows(lengths, size, seed=index)))
@@ -60,12 +71,13 @@ def engine_logits(
     return torch.stack(logits)
 
 
+@pytest.mark.parametrize("spread", [None, "adaptive", "pyramid"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_answers_as_the_engine_does(family: str) -> None:
+def test_generate_answers_as_the_engine_does(family: str, spread: Any) -> None:
     model = tiny_model(family)
     num_pending = 3
     ids, _ = prompts(sum(PIECES) + num_pending)
-    spans = session(model, ids)
+    spans = session(model, ids, spread)
     with torch.inference_mode():
         output = model.generate(
             **chunkkv.generation_inputs(model, [spans], [ids[0]]),
