@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chunkkv.errors import InvalidInputError
+
 _PREFIX: Final = "chunkkv_"
 
 # Keyword that carries the probe from the model's call to its attention.
@@ -35,6 +37,7 @@ class AttentionProbe(Protocol):
         softcap: float | None,
         *,
         keys: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Take what one layer computed in one forward pass, after position encoding.
 
@@ -45,6 +48,8 @@ class AttentionProbe(Protocol):
             softcap: Bound of the logits, or ``None``.
             keys: ``(batch, num_kv_heads, kv_len, head_dim)``: all that the queries may see, their
                 own last.
+            hidden: ``(batch, num_kv_heads)`` int64: of each head, so many leading keys hold
+                nothing, and no query sees them; ``None``: all hold something.
         """
 
 
@@ -62,10 +67,11 @@ class Probes:
         softcap: float | None,
         *,
         keys: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Show each probe what one layer computed in one forward pass."""
         for probe in self.probes:
-            probe.observe(layer, queries, scaling, softcap, keys=keys)
+            probe.observe(layer, queries, scaling, softcap, keys=keys, hidden=hidden)
 
 
 @dataclass(slots=True)
@@ -93,6 +99,7 @@ class QueryProbe:
         softcap: float | None,
         *,
         keys: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Take the queries of one forward pass ``(batch, num_heads, q_len, head_dim)``."""
         recent = queries[:, :, -self.window_size :]
@@ -107,6 +114,40 @@ class QueryProbe:
 def scaling_of(queries: torch.Tensor, scaling: float | None) -> float:
     """Return the factor on the dot products of a layer that names ``scaling``, or none."""
     return float(queries.shape[-1] ** -0.5) if scaling is None else scaling
+
+
+class RaggedKeys:
+    """Keys of a layer whose heads hold different numbers of tokens, on their way to attention.
+
+    Model code hands on what its cache returns, and knows of no heads of different lengths. The
+    attention of :func:`make_observable` opens this; to any other, which would take columns that
+    hold nothing for keys, whatever it does with it is an error.
+
+    Attributes:
+        keys: ``(batch, num_kv_heads, kv_len, head_dim)``, each head right-aligned.
+        hidden: ``(batch, num_kv_heads)`` int64: leading columns of each head that hold nothing.
+    """
+
+    __slots__ = ("hidden", "keys")
+
+    def __init__(self, keys: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.keys = keys
+        self.hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise InvalidInputError(_NOT_OURS)
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise InvalidInputError(_NOT_OURS)
+
+
+_NOT_OURS: Final = (
+    "the cache keeps different numbers of tokens in different heads or layers, which the model's "
+    "attention cannot read; call chunkkv.make_observable(model) first"
+)
 
 
 @contextmanager
@@ -126,7 +167,10 @@ def observable(model: Any) -> Iterator[None]:
 
 
 def make_observable(model: Any) -> None:
-    """Let a transformers model's attention be probed from now on. Idempotent."""
+    """Let a transformers model's attention be probed from now on. Idempotent.
+
+    It also reads caches whose heads or layers keep different numbers of tokens.
+    """
     base = model.config._attn_implementation or "eager"
     if base.startswith(_PREFIX):
         return
@@ -142,19 +186,47 @@ def _probed(base: str) -> Callable[..., Any]:
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
+        key: torch.Tensor | RaggedKeys,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
         probe: AttentionProbe | None = kwargs.pop(PROBE_ARGUMENT, None)
+        hidden: torch.Tensor | None = None
+        if isinstance(key, RaggedKeys):
+            # The model's mask speaks of columns that all heads and layers share.
+            attention_mask = _ragged_mask(base, query, key)
+            hidden, key = key.hidden, key.keys
         if probe is not None:
             layer: int = module.layer_idx  # type: ignore[assignment]
-            probe.observe(layer, query, kwargs.get("scaling"), kwargs.get("softcap"), keys=key)
+            scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+            probe.observe(layer, query, scaling, softcap, keys=key, hidden=hidden)
         run = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
         return run(module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+def _ragged_mask(base: str, query: torch.Tensor, key: RaggedKeys) -> torch.Tensor:
+    """Return ``(batch, num_heads, q_len, kv_len)``: who sees whom, as ``base`` takes it.
+
+    A query sees what its KV head holds, up to its own key; the queries' keys are the last ones.
+    """
+    if base not in ("sdpa", "eager"):
+        raise InvalidInputError(
+            f"{base} attention reads no cache that keeps different numbers of tokens in different "
+            "heads or layers; load the model with sdpa or eager attention"
+        )
+    num_heads, q_len = query.shape[1:3]
+    num_kv_heads, kv_len = key.keys.shape[1:3]
+    columns = torch.arange(kv_len, device=query.device)
+    visible = columns <= columns[kv_len - q_len :, None]  # (q_len, kv_len)
+    visible = visible & (columns >= key.hidden[:, :, None, None])
+    visible = visible.repeat_interleave(num_heads // num_kv_heads, dim=1)
+    if base == "sdpa":
+        return visible
+    mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
+    return mask.masked_fill_(~visible, torch.finfo(query.dtype).min)
 
 
 def _eager_of(module: torch.nn.Module) -> Callable[..., Any]:

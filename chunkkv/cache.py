@@ -2,12 +2,17 @@
 
 ``KVCache`` goes wherever transformers takes ``past_key_values``. It tells the model how many
 tokens were *seen* (so positions continue where the text does) and the mask how many are *kept*.
+
+Where heads or layers keep different numbers of tokens, no mask can say so. All heads are then
+padded to the longest of their layer, on the left, and attention is told how much of each is
+padding: only a model whose attention is ours (``chunkkv.make_observable``) reads such a cache.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +20,8 @@ import torch.nn.functional as F
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from chunkkv.compressed import CompressedKV, LayerShape, SpanShape
+from chunkkv.attention import RaggedKeys
+from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
 from chunkkv.errors import InvalidInputError
 
 WHOLE: str = "whole"
@@ -27,6 +33,13 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
 
     The slab takes what was reserved, and doubles when that is full, so that the cost of growth
     does not depend on the number of steps.
+
+    Attributes:
+        kept_len: Columns that are filled: tokens of the head that keeps most.
+        seen_len: Tokens seen, kept or not.
+        whole_from: Tokens from this position on were all kept.
+        hidden: ``(batch, num_kv_heads)`` int64: leading columns of each row and head that hold
+            nothing (zeros); attention must be told. ``None``: the model's mask says it all.
     """
 
     def __init__(self) -> None:
@@ -34,7 +47,8 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         self.min_capacity = 0
         self.kept_len = 0
         self.seen_len = 0
-        self.whole_from = 0  # tokens from this position on were all kept
+        self.whole_from = 0
+        self.hidden: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
@@ -58,9 +72,10 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | RaggedKeys, torch.Tensor]:
         """Append keys and values ``(batch, num_kv_heads, new, head_dim)``; return all of them."""
-        return self.append(key_states, value_states, seen=key_states.shape[-2])
+        keys, values = self.append(key_states, value_states, seen=key_states.shape[-2])
+        return (keys if self.hidden is None else RaggedKeys(keys, self.hidden)), values
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, *, seen: int
@@ -76,6 +91,48 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
             self.whole_from = self.seen_len
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+    def append_heads(self, parts: Sequence[LayerKV], seen: Sequence[int]) -> None:
+        """Append what each head kept of spans of ``seen`` tokens. Batch of one.
+
+        What is there moves, so that all heads end in the same column.
+        """
+        num_heads = len(parts[0].lengths)
+        hidden = [0] * num_heads if self.hidden is None else self.hidden[0].tolist()
+        lengths = [
+            self.kept_len - hidden[head] + sum(part.lengths[head] for part in parts)
+            for head in range(num_heads)
+        ]
+        end = max(lengths)
+
+        def packed(held: torch.Tensor | None, added: Sequence[torch.Tensor]) -> torch.Tensor:
+            rows: list[Sequence[torch.Tensor]] = [
+                torch.split(new, list(part.lengths)) for new, part in zip(added, parts, strict=True)
+            ]
+            if held is not None:
+                rows.insert(0, [own[start:] for own, start in zip(held[0], hidden, strict=True)])
+            return _packed(rows, end=end, capacity=max(end, self.min_capacity))
+
+        keys = packed(self.keys, [part.keys for part in parts])
+        values = packed(self.values, [part.values for part in parts])
+        self._keys, self._values, self.kept_len = keys, values, end
+        self._hide([[end - length for length in lengths]])
+        for part, num_tokens in zip(parts, seen, strict=True):
+            self.seen_len += num_tokens
+            if set(part.lengths) != {num_tokens}:
+                self.whole_from = self.seen_len
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def num_kept(self) -> torch.Tensor:
+        """Return how many columns of each row and head hold something."""
+        assert self.hidden is not None  # the heads of other layers hold equally many
+        return self.kept_len - self.hidden
+
+    def hide_nothing(self) -> None:
+        """Let attention be told what is hidden, also if it is nothing."""
+        if self.hidden is None and self._keys is not None:
+            batch, num_heads = self._keys.shape[:2]
+            self._hide([[0] * num_heads] * batch)
 
     def reserve(self, num_tokens: int) -> None:
         """Make the next allocation large enough for ``num_tokens`` more."""
@@ -111,6 +168,25 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
     def reset(self) -> None:
         """Forget everything, but keep the memory."""
         self.kept_len = self.seen_len = self.whole_from = 0
+        self.hidden = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        super().batch_repeat_interleave(repeats)
+        if self.hidden is not None:
+            self.hidden = self.hidden.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        super().batch_select_indices(indices)
+        if self.hidden is not None:
+            self.hidden = self.hidden[indices]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put rows in another order."""
+        super().reorder_cache(beam_idx)
+        if self.hidden is not None:
+            self.hidden = self.hidden.index_select(0, beam_idx.to(self.hidden.device))
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +208,11 @@ class KeptLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not type
         if slab is not None:
             grown[:, :, : self.kept_len] = slab[:, :, : self.kept_len]
         return grown
+
+    def _hide(self, hidden: Sequence[Sequence[int]]) -> None:
+        assert self._keys is not None
+        with torch.inference_mode(False):
+            self.hidden = torch.tensor(hidden, device=self._keys.device)
 
 
 class _LookaheadLayer(KeptLayer):
@@ -188,29 +269,26 @@ class KVCache(Cache):  # type: ignore[misc]
 
         Raises:
             MismatchError: The spans have a gap, or another number of layers than the model.
-            InvalidInputError: The heads of a layer keep different numbers of tokens.
         """
         cache = cls(config)
         cache.reserve(sum(_longest(segment) for segment in segments) + extra_tokens)
-        for segment in segments:
-            cache.append_segment(segment.to(device))
+        if all(layer.is_uniform for segment in segments for layer in segment.layers):
+            for segment in segments:
+                cache.append_segment(segment.to(device))
+        else:
+            # Heads are laid out anew for whatever is appended to them: once for all spans.
+            cache._append(segments, device=device)
         return cache
 
     @classmethod
     def stack(cls, config: Any, rows: Sequence[KVCache]) -> KVCache:
-        """Return one cache for a batch, shorter rows padded on the left; see ``generation_inputs``.
-
-        Raises:
-            InvalidInputError: The model has sliding-window layers and a row dropped tokens: one
-                mask cannot say which columns each kind of layer holds.
-        """
+        """Return one cache for a batch, shorter rows padded left; see ``generation_inputs``."""
         stacked = cls(config)
         slides = any(layer.is_sliding for layer in stacked.layers)
-        if slides and any(row.num_dropped_tokens for row in rows):
-            raise InvalidInputError(
-                "rows of a batch that dropped tokens cannot share a mask on a model with "
-                "sliding-window layers; run them one by one"
-            )
+        # One mask cannot say which columns each kind of layer holds: those that slide get it.
+        is_ragged = any(row.is_ragged for row in rows) or (
+            slides and any(row.num_dropped_tokens for row in rows)
+        )
         seen = max(row.get_seq_length() for row in rows)
         for index, layer in enumerate(stacked.layers):
             parts = [row.layers[index] for row in rows]
@@ -221,6 +299,8 @@ class KVCache(Cache):  # type: ignore[misc]
                 layer.keys, layer.values, layer.cumulative_length = keys, values, seen
             else:
                 layer.append(keys, values, seen=seen)
+                if is_ragged:
+                    layer.hidden = torch.cat([_hidden(part, keys.shape[2]) for part in parts])
         return stacked
 
     def reserve(self, num_tokens: int) -> None:
@@ -234,17 +314,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
         Raises:
             MismatchError: The span starts elsewhere, or has another number of layers.
-            InvalidInputError: The heads of a layer keep different numbers of tokens.
         """
-        segment.check_follows(num_tokens=self.get_seq_length(), num_layers=len(self.layers))
-        for layer, kept in zip(self.layers, segment.layers, strict=True):
-            keys, values = (part[None] for part in kept.by_head())
-            if kept.is_sliding:
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys.clone(), values.clone()
-                layer.cumulative_length = segment.first_token + segment.num_tokens
-            else:
-                layer.append(keys, values, seen=segment.num_tokens)
+        self._append([segment], device=segment.memory.device)
 
     def lookahead(self) -> KVCache:
         """Return a cache for one forward pass over tokens that follow; this one stays as it is."""
@@ -256,8 +327,19 @@ class KVCache(Cache):  # type: ignore[misc]
         return ahead
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether only attention of our own can read it: see the module's first lines."""
+        return any(layer.hidden is not None for layer in self._full_layers)
+
+    @property
     def num_kept_tokens(self) -> int:
-        """Kept tokens, averaged over full-attention layers, rounded."""
+        """Kept tokens, averaged over rows, KV heads and full-attention layers, rounded.
+
+        Padding counts, unless the cache is ragged.
+        """
+        if self.is_ragged:
+            counts = torch.cat([layer.num_kept().flatten() for layer in self._full_layers])
+            return round(counts.double().mean().item())
         lengths = [layer.kept_len for layer in self.layers if isinstance(layer, KeptLayer)]
         return round(sum(lengths) / len(lengths)) if lengths else 0
 
@@ -333,6 +415,67 @@ class KVCache(Cache):  # type: ignore[misc]
             torch.arange(end - keys.shape[1], end, out=out.positions)
         return span
 
+    @property
+    def _full_layers(self) -> list[KeptLayer]:
+        return [layer for layer in self.layers if isinstance(layer, KeptLayer)]
+
+    def _append(self, segments: Sequence[CompressedKV], *, device: torch.device | str) -> None:
+        seen = self.get_seq_length()
+        for segment in segments:
+            segment.check_follows(num_tokens=seen, num_layers=len(self.layers))
+            seen += segment.num_tokens
+        num_tokens = [segment.num_tokens for segment in segments]
+        for index, layer in enumerate(self.layers):
+            # One layer's copy at a time, where the device is another.
+            parts = [_moved(segment.layers[index], device) for segment in segments]
+            if parts[-1].is_sliding:
+                keys, values = (part[None].clone() for part in parts[-1].by_head())
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values, layer.cumulative_length = keys, values, seen
+            elif all(part.is_uniform for part in parts):
+                for part, new in zip(parts, num_tokens, strict=True):
+                    keys, values = (held[None] for held in part.by_head())
+                    layer.append(keys, values, seen=new)
+            else:
+                layer.append_heads(parts, num_tokens)
+        lengths = {layer.kept_len for layer in self._full_layers}
+        if self.is_ragged or len(lengths) > 1:
+            # The model makes one mask for all of them, after the first one's length.
+            for layer in self._full_layers:
+                layer.hide_nothing()
+
+
+def _packed(rows: Sequence[Sequence[torch.Tensor]], *, end: int, capacity: int) -> torch.Tensor:
+    """Return a slab ``(1, num_kv_heads, capacity, dim)`` whose heads end in column ``end``.
+
+    Args:
+        rows: By part, by head: ``(n, dim)`` each. Parts follow one another.
+        end: At least the tokens of each head.
+        capacity: At least ``end``.
+    """
+    like = rows[0][0]
+    # Not an inference tensor: see KeptLayer._with_room.
+    with torch.inference_mode(False):
+        slab = torch.empty(
+            1, len(rows[0]), capacity, like.shape[-1], dtype=like.dtype, device=like.device
+        )
+    for head, parts in enumerate(zip(*rows, strict=True)):
+        stop = end
+        for part in reversed(parts):
+            slab[0, head, stop - len(part) : stop] = part
+            stop -= len(part)
+        slab[0, head, :stop] = 0  # zero weight times garbage may be NaN
+    return slab
+
+
+def _hidden(layer: KeptLayer, length: int) -> torch.Tensor:
+    """Return ``(1, num_kv_heads)``: what is hidden in a row padded to ``length`` columns."""
+    assert layer.keys is not None
+    hidden = layer.hidden
+    if hidden is None:
+        hidden = torch.zeros(layer.keys.shape[:2], dtype=torch.int64, device=layer.keys.device)
+    return hidden + (length - layer.kept_len)
+
 
 def _held(layer: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the last tokens' ``(num_kv_heads, n, dim)``; of a sliding layer, all that it holds."""
@@ -340,6 +483,13 @@ def _held(layer: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     if layer.is_sliding:
         return keys[0], values[0]
     return keys[0, :, -num_tokens:], values[0, :, -num_tokens:]
+
+
+def _moved(layer: LayerKV, device: torch.device | str) -> LayerKV:
+    keys = layer.keys.to(device)
+    if keys is layer.keys:
+        return layer
+    return replace(layer, keys=keys, values=layer.values.to(device))
 
 
 def _longest(segment: CompressedKV) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from chunkkv.attention import PROBE_ARGUMENT, Probes, QueryProbe, observable
+from chunkkv.attention import PROBE_ARGUMENT, Probes, QueryProbe, make_observable, observable
 from chunkkv.cache import KeptLayer, KVCache
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
@@ -78,7 +78,8 @@ def run_prefill(
             the forward passes, which costs time, and must be named; ``reconstruction`` needs
             :func:`reconstruct` afterwards; the others need nothing.
         attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
-        past: The sequence's earlier KV, for a batch of one without padding; it is extended.
+        past: The sequence's earlier KV, for a batch of one without padding; it is extended. Heads
+            and layers may hold different numbers of tokens.
         prefill_chunk_tokens: Tokens in one forward pass at most; all at once if ``None``.
         fingerprint: Of the model; computed if not given.
         before_chunk: Called before each forward pass. What it raises ends the prefill.
@@ -139,6 +140,10 @@ def generation_inputs(
 ) -> dict[str, Any]:
     """Return keyword arguments for transformers' ``model.generate`` that continue from kept KV.
 
+    If heads or layers keep different numbers of tokens, or rows of a batch dropped tokens on a
+    model with sliding-window layers, only attention of our own can read the cache: the model is
+    made observable (``make_observable``), and stays so.
+
     Args:
         model: The model that computed the segments.
         segments: For each row, its spans in order.
@@ -146,8 +151,7 @@ def generation_inputs(
             equally many tokens behind their spans, at least one.
 
     Raises:
-        InvalidInputError: Nothing is left to run, rows do not fit together, or rows of different
-            kept lengths meet a model with sliding-window layers.
+        InvalidInputError: Nothing is left to run, or rows do not fit together.
         MismatchError: Segments do not follow one another.
     """
     caches = [KVCache.from_segments(model.config, row, device=model.device) for row in segments]
@@ -161,10 +165,15 @@ def generation_inputs(
         )
     seen = [len(ids) for ids in token_ids]
     longest = max(seen)
+    cache = caches[0] if len(caches) == 1 else KVCache.stack(model.config, caches)
     # Columns of a row that hold nothing: its padding, and the room of what it dropped.
-    hidden = [longest - n + cache.num_dropped_tokens for n, cache in zip(seen, caches, strict=True)]
+    hidden = [longest - n + row.num_dropped_tokens for n, row in zip(seen, caches, strict=True)]
     if len(caches) == 1:
         hidden = [0]  # the cache itself tells the mask how much a single row dropped
+    elif cache.is_ragged:
+        hidden = [longest - n for n in seen]  # for sliding layers; attention knows of the others
+    if cache.is_ragged:
+        make_observable(model)
     columns = torch.arange(longest, device=model.device)
     left = torch.tensor([longest - n for n in seen], device=model.device)[:, None]
     ids = torch.zeros(len(seen), longest, dtype=torch.int64, device=model.device)
@@ -174,7 +183,7 @@ def generation_inputs(
         "input_ids": ids,
         "attention_mask": (columns >= torch.tensor(hidden, device=model.device)[:, None]).long(),
         "position_ids": (columns - left).clamp(min=0),
-        "past_key_values": caches[0] if len(caches) == 1 else KVCache.stack(model.config, caches),
+        "past_key_values": cache,
     }
 
 

@@ -88,6 +88,7 @@ def expected_attention_scores(
     scaling: float,
     softcap: float | None = None,
     num_padding: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention that normally distributed queries pay to each key, times its value.
 
@@ -103,10 +104,11 @@ def expected_attention_scores(
         scaling: Factor on the dot products, as the model uses it.
         softcap: Bound of the logits, if the model has one; bounds the expected ones.
         num_padding: ``(batch,)``: leading positions of each row that are padding.
+        hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing.
 
     Returns:
-        ``(batch, num_kv_heads, seq_len)`` float32, at least 0. Padding has score 0. The first
-        ``SINK_TOKENS`` of a row that has more take no part in the softmax and have the highest
+        ``(batch, num_kv_heads, seq_len)`` float32, at least 0. Padding and what holds nothing have
+        score 0. The first ``SINK_TOKENS`` that a head holds, if it holds more, take no part in the softmax and have the highest
         score of its head.
 
     Source: Expected Attention (https://arxiv.org/abs/2510.00636), and kvpress's
@@ -127,10 +129,13 @@ def expected_attention_scores(
         logits = softcap * torch.tanh(logits / softcap)
 
     padding = torch.zeros(batch, dtype=torch.int64) if num_padding is None else num_padding
-    order = torch.arange(seq_len, device=keys.device) - padding.to(keys.device)[:, None]
-    is_padding = (order < 0)[:, None]  # (batch, 1, seq_len)
-    is_short = order[:, -1:] < SINK_TOKENS
-    is_sink = ((order < SINK_TOKENS) & ~is_short)[:, None] & ~is_padding
+    first = padding.to(keys.device)[:, None]  # (batch, 1 or num_kv_heads)
+    if hidden is not None:
+        first = torch.maximum(first, hidden)
+    order = torch.arange(seq_len, device=keys.device) - first[..., None]
+    is_padding = order < 0  # (batch, 1 or num_kv_heads, seq_len)
+    is_short = order[..., -1:] < SINK_TOKENS
+    is_sink = (order < SINK_TOKENS) & ~is_short & ~is_padding
     attention = logits.masked_fill((is_padding | is_sink)[:, :, None], float("-inf")).softmax(
         dim=-1
     )
@@ -170,6 +175,7 @@ class ExpectedAttention:
         softcap: float | None,
         *,
         keys: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Take the queries of one forward pass."""
         if layer not in self.span.layers:
@@ -197,7 +203,8 @@ class ExpectedAttention:
 
     def _scores(self, layer: int, cache: KVCache) -> torch.Tensor:
         statistics, span = self.statistics[layer], self.span
-        keys, values = cache.layers[layer].keys, cache.layers[layer].values
+        held = cache.layers[layer]
+        keys, values = held.keys, held.values
         padding = span.num_padding.to(keys.device)
         ends = span.first_token + span.num_tokens - padding  # (batch,)
         future = ends[:, None] + torch.arange(FUTURE_POSITIONS, device=keys.device)
@@ -212,6 +219,7 @@ class ExpectedAttention:
             scaling=self.scaling[layer],
             softcap=self.softcap[layer],
             num_padding=padding,
+            hidden=held.hidden,
         )
         return scores[..., -span.num_tokens :]
 

@@ -23,6 +23,7 @@ def accumulated_attention(
     scaling: float,
     softcap: float | None = None,
     num_padding: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention that the queries pay to each key, summed over them.
 
@@ -36,10 +37,11 @@ def accumulated_attention(
         scaling: Factor on the dot products, as the model uses it.
         softcap: Bound of the logits, if the model has one.
         num_padding: ``(batch,)``: leading keys of each row that are padding.
+        hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing.
 
     Returns:
         ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, q_len]``; each row sums to its number of
-        queries. Padding has score 0.
+        queries. Padding and what holds nothing have score 0.
 
     Source: H2O (https://arxiv.org/abs/2306.14048), Algorithm 1: the accumulated attention. One
     deviation: the paper drops tokens while it decodes, and what is dropped receives no more; here
@@ -52,7 +54,7 @@ def accumulated_attention(
         asking = grouped[:, :, :, start : start + QUERIES_AT_ONCE]
         seen = seq_len - q_len + start + asking.shape[3]  # keys up to the last query's own
         visible = visible_keys(asking.shape[3], seen, num_padding, keys.device)
-        received[..., :seen] += attention_paid(asking, keys[:, :, :seen], visible, softcap)
+        received[..., :seen] += attention_paid(asking, keys[:, :, :seen], visible, softcap, hidden)
     return received / grouped.shape[2]
 
 
@@ -76,6 +78,7 @@ class HeavyHitters:
         softcap: float | None,
         *,
         keys: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Score one layer's keys by the queries of one forward pass."""
         if layer not in self.span.layers:
@@ -87,6 +90,7 @@ class HeavyHitters:
             scaling=scaling_of(queries, scaling),
             softcap=softcap,
             num_padding=padding if padding.any() else None,
+            hidden=hidden,
         )
         before = self.received.get(layer, received[..., :0])
         num_before = before.shape[-1]

@@ -20,7 +20,11 @@ def by_kv_head(queries: torch.Tensor, num_kv_heads: int, scaling: float) -> torc
 
 
 def attention_logits(
-    queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, softcap: float | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    softcap: float | None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``(batch, num_kv_heads, group, q_len, seq_len)`` float32, ``-inf`` where unseen.
 
@@ -30,23 +34,31 @@ def attention_logits(
         visible: ``(batch or 1, q_len, <= seq_len)``: which query sees which of the last keys; all
             see those before them.
         softcap: Bound of the logits.
+        hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing: unseen.
     """
     logits = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.view(*queries.shape[:4], keys.shape[2])
     logits[..., -visible.shape[-1] :].masked_fill_(~visible[:, None, None], float("-inf"))
+    if hidden is not None:
+        is_hidden = torch.arange(keys.shape[2], device=keys.device) < hidden[..., None]
+        logits.masked_fill_(is_hidden[:, :, None, None], float("-inf"))
     return logits
 
 
 def attention_paid(
-    queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, softcap: float | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    softcap: float | None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return ``(batch, num_kv_heads, seq_len)``: what each key gets of all queries together.
 
     Arguments are those of ``attention_logits``. A query that sees nothing pays nothing.
     """
-    attention = attention_logits(queries, keys, visible, softcap).softmax(dim=-1)
+    attention = attention_logits(queries, keys, visible, softcap, hidden).softmax(dim=-1)
     # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
     # an overflow must be seen.
     is_padding = ~visible.any(dim=-1)  # (batch or 1, q_len)

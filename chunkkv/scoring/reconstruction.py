@@ -91,6 +91,7 @@ def most_attention(
     softcap: float | None = None,
     num_padding: torch.Tensor | None = None,
     num_queries: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the most attention that one query pays to each key.
 
@@ -105,9 +106,11 @@ def most_attention(
         num_padding: ``(batch,)``: leading keys of each row that are padding, none of the last
             ``q_len``.
         num_queries: ``(batch,)``: the first so many queries of each row vote; all if ``None``.
+        hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing.
 
     Returns:
-        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``. Padding has score 0.
+        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``. Padding and what holds nothing
+        have score 0.
     """
     q_len, num_kv_heads, seq_len = queries.shape[2], keys.shape[1], keys.shape[2]
     grouped = by_kv_head(queries, num_kv_heads, scaling)
@@ -115,7 +118,9 @@ def most_attention(
     most = torch.full((keys.shape[0], num_kv_heads, seq_len), float("-inf"), device=keys.device)
     for start in range(0, q_len, QUERIES_AT_ONCE):
         asking = slice(start, start + QUERIES_AT_ONCE)
-        logits = attention_logits(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
+        logits = attention_logits(
+            grouped[:, :, :, asking], keys, visible[:, asking], softcap, hidden
+        )
         shares = logits.sub_(logits.logsumexp(dim=-1, keepdim=True))  # logarithms of attention
         if num_queries is not None:
             order = torch.arange(start, start + logits.shape[3], device=keys.device)
@@ -162,6 +167,7 @@ class ReconstructionProbe:
         softcap: float | None,
         *,
         keys: torch.Tensor,
+        hidden: torch.Tensor | None = None,
     ) -> None:
         """Score one layer's keys by the queries of one forward pass."""
         if layer not in self.layers:
@@ -173,6 +179,7 @@ class ReconstructionProbe:
             softcap=softcap,
             num_padding=self.num_padding,
             num_queries=self.num_queries,
+            hidden=hidden,
         )
         end = keys.shape[2] - queries.shape[2]
         received = most[..., end - self.span : end]

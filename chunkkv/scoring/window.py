@@ -21,6 +21,7 @@ def window_scores(
     scaling: float,
     softcap: float | None = None,
     num_padding: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention that the observation window pays to each token.
 
@@ -35,10 +36,11 @@ def window_scores(
         scaling: Factor on the dot products, as the model uses it.
         softcap: Bound of the logits (``softcap * tanh(logits / softcap)``), if the model has one.
         num_padding: ``(batch,)``: leading positions of each row that are padding.
+        hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing.
 
     Returns:
-        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``; each row sums to 1. Padding has
-        score 0.
+        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``; each row sums to 1. Padding and
+        what holds nothing have score 0.
 
     Source: ChunkKV, Algorithm 1, "observe"; SnapKV (https://arxiv.org/abs/2404.14469), eq. 5.
     """
@@ -50,7 +52,9 @@ def window_scores(
     scores = torch.zeros(batch, num_kv_heads, seq_len, device=keys.device)
     for start in range(0, window, QUERIES_AT_ONCE):
         asking = slice(start, start + QUERIES_AT_ONCE)
-        scores += attention_paid(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
+        scores += attention_paid(
+            grouped[:, :, :, asking], keys, visible[:, asking], softcap, hidden
+        )
     num_voters = visible.any(dim=-1).sum(dim=-1)[:, None, None] * grouped.shape[2]
     return scores / num_voters
 
@@ -108,12 +112,14 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
         )
     if layer not in probe.queries:
         raise InvalidInputError(f"no queries of layer {layer} were seen; was the model run?")
+    held = prefilled.cache.layers[layer]
     scores = window_scores(
         probe.queries[layer][:, :, -policy.window_size :],
-        prefilled.cache.layers[layer].keys,
+        held.keys,
         scaling=probe.scaling[layer],
         softcap=probe.softcap[layer],
         num_padding=padding if padding.any() else None,
+        hidden=held.hidden,
     )
     return pooled(
         scores[..., -prefilled.longest :],

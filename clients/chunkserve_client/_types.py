@@ -31,18 +31,32 @@ class Compression:
     Attributes:
         keep_ratio: Fraction of tokens that are kept, in ``(0, 1]``; 1 keeps the whole cache.
         max_kept_tokens: Number of tokens that are kept at most. Not together with ``keep_ratio``.
-        scorer: How importance is measured: ``window``, ``reconstruction``, ``key_diff``.
-        unit: What is kept or dropped as one: ``chunk`` or ``token``.
+        scorer: How importance is measured: ``window``, ``reconstruction``, ``key_diff``,
+            ``heavy_hitter``, ``recency``, ``expected_attention``, ``key_norm``.
+        unit: What is kept or dropped as one: ``chunk``, ``token`` or ``sentence``.
         scope: Who shares one list of kept positions: ``head``, ``layer``, ``group``, ``global``.
-        chunk_size: Tokens in a chunk, at least 1.
+        spread: How the budget is shared out between lists: ``uniform``, ``pyramid``, ``adaptive``;
+            the latter two need scope ``head`` or ``layer``.
+        chunk_size: Tokens in a chunk, and in a unit of a sentence at most, at least 1.
         window_size: Trailing tokens that ask (and are always kept), at least 1.
         sink_tokens: Leading tokens that are always kept, at least 0.
         reuse_interval: Neighbouring layers that share one list with scope ``group``.
+        pool_size: Tokens that the scores of ``window`` are averaged over, odd; 1: none.
+        head_floor: With spread ``adaptive``: fraction of an equal share that every list is given
+            before the ranking, in ``[0, 1]``.
+        gating: With chunks and sentences: of how little entropy, as a fraction of its maximum, a
+            unit's scores must be for its best tokens alone to be kept, in ``[0, 1]``; 0: never.
+        merge_layers: Store neighbouring layers of the deeper half as one.
         max_kv_tokens: KV tokens kept at most while an answer is generated, those of the
             conversation before it included.
         precision: How the kept keys and values are stored: ``native``, ``fp8``, ``int8``, ``int4``.
         prefix_scorer: How importance is measured in a prefix that ends with a
             ``cache_breakpoint``.
+        preset: A named method, which takes the place of what the session or the server says of
+            how tokens are chosen, and which the other fields change: ``fast``, ``durable``,
+            ``chunkkv``, ``chunkkv_reuse``, ``snapkv``, ``pyramidkv``, ``h2o``, ``streamingllm``,
+            ``kvzip``, ``expected_attention``, ``keydiff``, ``minicache``.
+        prefix_preset: The same, for prefixes that end with a ``cache_breakpoint``.
     """
 
     keep_ratio: float | None = None
@@ -50,13 +64,20 @@ class Compression:
     scorer: str | None = None
     unit: str | None = None
     scope: str | None = None
+    spread: str | None = None
     chunk_size: int | None = None
     window_size: int | None = None
     sink_tokens: int | None = None
     reuse_interval: int | None = None
+    pool_size: int | None = None
+    head_floor: float | None = None
+    gating: float | None = None
+    merge_layers: bool | None = None
     max_kv_tokens: int | None = None
     precision: str | None = None
     prefix_scorer: str | None = None
+    preset: str | None = None
+    prefix_preset: str | None = None
 
 
 class GenerateOptions(TypedDict, total=False):

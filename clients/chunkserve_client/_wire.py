@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, timedelta
-from typing import Any
+from typing import Any, Final
 
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from chunkserve_client._types import (
@@ -28,6 +28,15 @@ from chunkserve_client._types import (
 from chunkserve_client.errors import invalid_request
 
 _SAMPLING = tuple(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+# By field of ``Compression``: its enum, and how its values' names begin.
+_CHOICES: Final[dict[str, tuple[Any, str]]] = {
+    "scorer": (types_pb2.Scorer, "SCORER"),
+    "unit": (types_pb2.Unit, "UNIT"),
+    "scope": (types_pb2.Scope, "SCOPE"),
+    "spread": (types_pb2.BudgetSpread, "BUDGET_SPREAD"),
+    "precision": (types_pb2.Precision, "PRECISION"),
+    "prefix_scorer": (types_pb2.Scorer, "SCORER"),
+}
 
 Input = inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest
 
@@ -126,44 +135,26 @@ def compression_to_wire(compression: Compression) -> types_pb2.CompressionPolicy
     if compression.keep_ratio is not None and compression.max_kept_tokens is not None:
         raise invalid_request("give keep_ratio or max_kept_tokens, not both")
     with refusing():
-        return types_pb2.CompressionPolicy(
-            keep_ratio=compression.keep_ratio,
-            max_kept_tokens=compression.max_kept_tokens,
-            scorer=_number(types_pb2.Scorer, "SCORER", compression.scorer),
-            unit=_number(types_pb2.Unit, "UNIT", compression.unit),
-            scope=_number(types_pb2.Scope, "SCOPE", compression.scope),
-            chunk_size=compression.chunk_size,
-            window_size=compression.window_size,
-            sink_tokens=compression.sink_tokens,
-            reuse_interval=compression.reuse_interval,
-            max_kv_tokens=compression.max_kv_tokens,
-            precision=_number(types_pb2.Precision, "PRECISION", compression.precision),
-            prefix_scorer=_number(types_pb2.Scorer, "SCORER", compression.prefix_scorer),
-        )
+        message = types_pb2.CompressionPolicy()
+        for field in fields(Compression):
+            value = getattr(compression, field.name)
+            if value is not None:
+                is_choice = field.name in _CHOICES
+                setattr(message, field.name, _number(field.name, value) if is_choice else value)
+        return message
 
 
 def compression_from_wire(policy: types_pb2.CompressionPolicy) -> Compression:
     """Return what the message sets; unset fields are ``None``."""
-
-    def optional(name: str) -> Any:
-        return getattr(policy, name) if policy.HasField(name) else None
-
-    keep_ratio = optional("keep_ratio")
-    return Compression(
-        # The wire's float has 7 digits: 0.1 shall come back as 0.1, not 0.10000000149.
-        keep_ratio=None if keep_ratio is None else float(f"{keep_ratio:.7g}"),
-        max_kept_tokens=optional("max_kept_tokens"),
-        scorer=_choice(types_pb2.Scorer, "SCORER", policy.scorer),
-        unit=_choice(types_pb2.Unit, "UNIT", policy.unit),
-        scope=_choice(types_pb2.Scope, "SCOPE", policy.scope),
-        chunk_size=optional("chunk_size"),
-        window_size=optional("window_size"),
-        sink_tokens=optional("sink_tokens"),
-        reuse_interval=optional("reuse_interval"),
-        max_kv_tokens=optional("max_kv_tokens"),
-        precision=_choice(types_pb2.Precision, "PRECISION", policy.precision),
-        prefix_scorer=_choice(types_pb2.Scorer, "SCORER", policy.prefix_scorer),
-    )
+    values: dict[str, Any] = {}
+    for field in fields(Compression):
+        value = getattr(policy, field.name)
+        if field.name in _CHOICES:
+            values[field.name] = _choice(*_CHOICES[field.name], value)
+        elif policy.HasField(field.name):
+            # The wire's float has 7 digits: 0.1 shall come back as 0.1, not 0.10000000149.
+            values[field.name] = float(f"{value:.7g}") if isinstance(value, float) else value
+    return Compression(**values)
 
 
 def create_session_request(
@@ -308,14 +299,13 @@ def _same_names(kind: type, message: Any) -> dict[str, Any]:
     return {field.name: getattr(message, field.name) for field in fields(kind)}
 
 
-def _number(enum: Any, prefix: str, choice: str | None) -> Any:
-    """Return the enum value that ``choice`` names; 0 for ``None``."""
-    if choice is None:
-        return 0
+def _number(field: str, choice: str) -> Any:
+    """Return the enum value that ``choice`` names in a field of ``Compression``."""
+    enum, prefix = _CHOICES[field]
     name = f"{prefix}_{choice.upper()}"
     if name not in set(enum.keys()) or enum.Value(name) == 0:
         names = ", ".join(n.removeprefix(f"{prefix}_").lower() for n in enum.keys()[1:])
-        raise ValueError(f"{prefix.lower()} {choice!r} is not one of {names}")
+        raise ValueError(f"{field} {choice!r} is not one of {names}")
     return enum.Value(name)
 
 

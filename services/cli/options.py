@@ -72,7 +72,11 @@ MaxKeptTokens = Annotated[
 ]
 Scorer = Annotated[
     str | None,
-    typer.Option(help="window, reconstruction or key_diff", rich_help_panel=_COMPRESSION),
+    typer.Option(
+        help="window, reconstruction, key_diff, heavy_hitter, recency, expected_attention or "
+        "key_norm",
+        rich_help_panel=_COMPRESSION,
+    ),
 ]
 PrefixScorer = Annotated[
     str | None,
@@ -82,10 +86,31 @@ Precision = Annotated[
     str | None,
     typer.Option(help="native, fp8, int8 or int4", rich_help_panel=_COMPRESSION),
 ]
-Unit = Annotated[str | None, typer.Option(help="chunk or token", rich_help_panel=_COMPRESSION)]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="A named method, which the other options change: fast, durable, chunkkv, snapkv, ...",
+        rich_help_panel=_COMPRESSION,
+    ),
+]
+PrefixPreset = Annotated[
+    str | None,
+    typer.Option(help="The same, of prefixes that are shared.", rich_help_panel=_COMPRESSION),
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(help="chunk, token or sentence", rich_help_panel=_COMPRESSION),
+]
 Scope = Annotated[
     str | None,
     typer.Option(help="head, layer, group or global", rich_help_panel=_COMPRESSION),
+]
+Spread = Annotated[
+    str | None,
+    typer.Option(
+        help="uniform, pyramid or adaptive: how the budget is shared out between lists.",
+        rich_help_panel=_COMPRESSION,
+    ),
 ]
 ChunkSize = Annotated[
     int | None, typer.Option(help="Tokens in a chunk.", rich_help_panel=_COMPRESSION)
@@ -101,6 +126,30 @@ SinkTokens = Annotated[
 ReuseInterval = Annotated[
     int | None,
     typer.Option(help="Layers that share a list in scope group.", rich_help_panel=_COMPRESSION),
+]
+PoolSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that window scores are averaged over, odd.", rich_help_panel=_COMPRESSION
+    ),
+]
+HeadFloor = Annotated[
+    float | None,
+    typer.Option(
+        help="0 to 1: share that every list gets before an adaptive ranking.",
+        rich_help_panel=_COMPRESSION,
+    ),
+]
+Gating = Annotated[
+    float | None,
+    typer.Option(
+        help="0 to 1: of units whose scores have less entropy, only the best tokens are kept.",
+        rich_help_panel=_COMPRESSION,
+    ),
+]
+MergeLayers = Annotated[
+    bool | None,
+    typer.Option(help="Store neighbouring deep layers as one.", rich_help_panel=_COMPRESSION),
 ]
 MaxKvTokens = Annotated[
     int | None,

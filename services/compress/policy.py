@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,18 +10,6 @@ import chunkkv
 from chunkserve.v1 import types_pb2
 from services.compress.segments import library_errors
 
-_SCORERS: Final[dict[int, str]] = {
-    types_pb2.SCORER_WINDOW: "window",
-    types_pb2.SCORER_RECONSTRUCTION: "reconstruction",
-    types_pb2.SCORER_KEY_DIFF: "key_diff",
-}
-_UNITS: Final[dict[int, str]] = {types_pb2.UNIT_CHUNK: "chunk", types_pb2.UNIT_TOKEN: "token"}
-_SCOPES: Final[dict[int, str]] = {
-    types_pb2.SCOPE_HEAD: "head",
-    types_pb2.SCOPE_LAYER: "layer",
-    types_pb2.SCOPE_GROUP: "group",
-    types_pb2.SCOPE_GLOBAL: "global",
-}
 PRECISIONS: Final[dict[types_pb2.Precision, chunkkv.Precision]] = {
     types_pb2.PRECISION_NATIVE: "native",
     types_pb2.PRECISION_FP8: "fp8",
@@ -28,56 +17,101 @@ PRECISIONS: Final[dict[types_pb2.Precision, chunkkv.Precision]] = {
     types_pb2.PRECISION_INT4: "int4",
 }
 _ENUMS: Final[dict[str, Mapping[Any, str]]] = {
-    "scorer": _SCORERS,
-    "unit": _UNITS,
-    "scope": _SCOPES,
+    "scorer": {
+        types_pb2.SCORER_WINDOW: "window",
+        types_pb2.SCORER_RECONSTRUCTION: "reconstruction",
+        types_pb2.SCORER_KEY_DIFF: "key_diff",
+        types_pb2.SCORER_HEAVY_HITTER: "heavy_hitter",
+        types_pb2.SCORER_RECENCY: "recency",
+        types_pb2.SCORER_EXPECTED_ATTENTION: "expected_attention",
+        types_pb2.SCORER_KEY_NORM: "key_norm",
+    },
+    "unit": {
+        types_pb2.UNIT_CHUNK: "chunk",
+        types_pb2.UNIT_TOKEN: "token",
+        types_pb2.UNIT_SENTENCE: "sentence",
+    },
+    "scope": {
+        types_pb2.SCOPE_HEAD: "head",
+        types_pb2.SCOPE_LAYER: "layer",
+        types_pb2.SCOPE_GROUP: "group",
+        types_pb2.SCOPE_GLOBAL: "global",
+    },
+    "spread": {
+        types_pb2.BUDGET_SPREAD_UNIFORM: "uniform",
+        types_pb2.BUDGET_SPREAD_PYRAMID: "pyramid",
+        types_pb2.BUDGET_SPREAD_ADAPTIVE: "adaptive",
+    },
     "precision": PRECISIONS,
 }
-_INTEGERS: Final = ("chunk_size", "window_size", "sink_tokens", "reuse_interval")
+_BUDGETS: Final = ("keep_ratio", "max_kept_tokens")
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(chunkkv.CompressionPolicy))
+# What a preset replaces: how tokens are chosen, and not how many or how they are stored.
+_METHOD: Final = tuple(name for name in _FIELDS if name not in (*_BUDGETS, "precision"))
+_UNIFORM_SCOPES: Final = (types_pb2.SCOPE_GROUP, types_pb2.SCOPE_GLOBAL)
+
+
+def overlaid(
+    below: types_pb2.CompressionPolicy, above: types_pb2.CompressionPolicy
+) -> types_pb2.CompressionPolicy:
+    """Return a message of the fields that ``above`` sets, and of ``below``'s where it sets none.
+
+    A preset takes the place of all that ``below`` says of how tokens are chosen; a prefix's preset
+    that of its prefix's scorer.
+    """
+    merged = types_pb2.CompressionPolicy()
+    merged.CopyFrom(below)
+    if above.HasField("preset"):
+        for name in _METHOD:
+            merged.ClearField(name)
+    if above.HasField("prefix_preset"):
+        merged.ClearField("prefix_scorer")
+    merged.MergeFrom(_agreeing(above))
+    return merged
+
+
+def for_prefixes(message: types_pb2.CompressionPolicy) -> types_pb2.CompressionPolicy:
+    """Return what a message asks for of prefixes that end with a ``cache_breakpoint``.
+
+    All that it asks for of a prompt, but scorer and preset: prefixes have their own.
+    """
+    prefix = types_pb2.CompressionPolicy()
+    prefix.CopyFrom(_agreeing(message))
+    for name in ("scorer", "preset", "prefix_scorer", "prefix_preset"):
+        prefix.ClearField(name)
+    prefix.scorer = message.prefix_scorer
+    if message.HasField("prefix_preset"):
+        prefix.preset = message.prefix_preset
+    return prefix
 
 
 def from_wire(
-    message: types_pb2.CompressionPolicy, default: chunkkv.CompressionPolicy
+    message: types_pb2.CompressionPolicy,
+    default: chunkkv.CompressionPolicy | None = None,
+    *,
+    num_tokens: int | None = None,
 ) -> chunkkv.CompressionPolicy:
-    """Return the policy that a message asks for; what it leaves unset is the default's.
+    """Return the policy that a message asks for.
+
+    Args:
+        message: Its preset, if it names one, with the fields that it sets.
+        default: Values of what it leaves unset; the library's own if ``None``.
+        num_tokens: Tokens of the text, if known, at least 1: some presets keep a share of them.
 
     Raises:
         InvalidRequestError: A value is out of range.
     """
-    values = {name: getattr(default, name) for name in (*_ENUMS, *_INTEGERS)}
-    values |= {name: getattr(message, name) for name in _INTEGERS if message.HasField(name)}
-    values |= {
-        name: names.get(getattr(message, name), f"number {getattr(message, name)}")
-        for name, names in _ENUMS.items()
-        if getattr(message, name)
-    }
-    budget = message.WhichOneof("budget")
+    default = chunkkv.CompressionPolicy() if default is None else default
+    asked = _asked(_agreeing(message))
+    budget = {name: asked.pop(name) for name in _BUDGETS if name in asked}
+    if not budget:
+        budget = {name: getattr(default, name) for name in _BUDGETS}
     with library_errors():
-        if budget is None:
-            return chunkkv.CompressionPolicy(
-                keep_ratio=None if default.max_kept_tokens is not None else default.keep_ratio,
-                max_kept_tokens=default.max_kept_tokens,
-                **values,
-            )
-        return chunkkv.CompressionPolicy(**{budget: getattr(message, budget)}, **values)
-
-
-def prefix_policy(
-    policy: chunkkv.CompressionPolicy, *messages: types_pb2.CompressionPolicy, default: str
-) -> chunkkv.CompressionPolicy:
-    """Return the policy of a prefix that ends with a ``cache_breakpoint``.
-
-    Args:
-        policy: What applies to the prompt.
-        messages: The first one that sets ``prefix_scorer`` names the prefix's scorer.
-        default: Scorer if none does.
-
-    Raises:
-        InvalidRequestError: There is no such scorer.
-    """
-    named = next((m.prefix_scorer for m in messages if m.prefix_scorer), None)
-    scorer = named or _number(_SCORERS, default)
-    return from_wire(types_pb2.CompressionPolicy(scorer=scorer), policy)
+        if message.HasField("preset"):
+            asked.setdefault("precision", default.precision)
+            return chunkkv.preset(message.preset, num_tokens=num_tokens, **budget, **asked)
+        inherited = {name: getattr(default, name) for name in (*_METHOD, "precision")}
+        return chunkkv.CompressionPolicy(**{**budget, **inherited, **asked})
 
 
 def to_wire(
@@ -93,18 +127,42 @@ def to_wire(
         max_kv_tokens: Bound of the KV while an answer is generated, if there is one.
         prefix_scorer: Scorer of prefixes, where it matters.
     """
-    message = types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens)
-    for name in _INTEGERS:
-        setattr(message, name, getattr(policy, name))
-    for name, names in _ENUMS.items():
-        setattr(message, name, _number(names, getattr(policy, name)))
+    message = message_of({name: getattr(policy, name) for name in _FIELDS})
+    message.MergeFrom(types_pb2.CompressionPolicy(max_kv_tokens=max_kv_tokens))
     if prefix_scorer is not None:
-        message.prefix_scorer = _number(_SCORERS, prefix_scorer)
-    if policy.max_kept_tokens is not None:
-        message.max_kept_tokens = policy.max_kept_tokens
-    elif policy.keep_ratio is not None:
-        message.keep_ratio = policy.keep_ratio
+        message.prefix_scorer = _number(_ENUMS["scorer"], prefix_scorer)
     return message
+
+
+def message_of(fields: Mapping[str, Any]) -> types_pb2.CompressionPolicy:
+    """Return a message that sets some fields of the library's policy; ``None`` leaves one unset."""
+    message = types_pb2.CompressionPolicy()
+    for name, value in fields.items():
+        if value is not None:
+            setattr(message, name, _number(_ENUMS[name], value) if name in _ENUMS else value)
+    return message
+
+
+def _asked(message: types_pb2.CompressionPolicy) -> dict[str, Any]:
+    """Return the fields of the library's policy that a message sets."""
+    asked: dict[str, Any] = {}
+    for name in _FIELDS:
+        value = getattr(message, name)
+        if name in _ENUMS:
+            if value:
+                asked[name] = _ENUMS[name].get(value, f"number {value}")
+        elif message.HasField(name):
+            asked[name] = value
+    return asked
+
+
+def _agreeing(message: types_pb2.CompressionPolicy) -> types_pb2.CompressionPolicy:
+    """Return a message whose scope gives up whatever spread it would inherit and cannot have."""
+    if message.scope not in _UNIFORM_SCOPES or message.spread:
+        return message
+    agreeing = types_pb2.CompressionPolicy(spread=types_pb2.BUDGET_SPREAD_UNIFORM)
+    agreeing.MergeFrom(message)
+    return agreeing
 
 
 def _number(names: Mapping[Any, str], value: str) -> Any:

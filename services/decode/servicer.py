@@ -277,7 +277,7 @@ def _limit(request: decode_pb2.DecodeRequest) -> KVLimit | None:
     asked = request.compression
     if not asked.HasField("max_kv_tokens"):
         return None
-    limit = KVLimit(asked.max_kv_tokens, policies.from_wire(asked, chunkkv.CompressionPolicy()))
+    limit = KVLimit(asked.max_kv_tokens, policies.from_wire(asked))
     try:
         limit.check(sum(segment.num_kept_tokens for segment in request.manifest.segments))
     except chunkkv.InvalidInputError as error:

@@ -8,7 +8,7 @@ not what only a worker can know: vocabulary, context length, a prompt's tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -20,6 +20,29 @@ from services.runtime.errors import InvalidRequestError
 MAX_PAGE_SIZE: Final = 1000
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIASES: Final = 1024
+
+# Names of ``chunkkv.PRESETS``, which this process cannot import.
+PRESETS: Final = (
+    "fast",
+    "durable",
+    "chunkkv",
+    "chunkkv_reuse",
+    "snapkv",
+    "pyramidkv",
+    "h2o",
+    "streamingllm",
+    "kvzip",
+    "expected_attention",
+    "keydiff",
+    "minicache",
+)
+
+_UNIFORM: Final = types_pb2.BUDGET_SPREAD_UNIFORM
+_SCOPES_WITH_SPREADS: Final = (
+    types_pb2.SCOPE_UNSPECIFIED,  # inherited: whoever knows from whom, judges
+    types_pb2.SCOPE_HEAD,
+    types_pb2.SCOPE_LAYER,
+)
 
 # What can be asked of a session that is stored already.
 _COMPRESS_AGAIN: Final = {"keep_ratio", "max_kept_tokens", "precision"}
@@ -213,15 +236,40 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     check("sink_tokens", lambda value: value >= 0, "0 or more")
     check("reuse_interval", lambda value: value >= 1, "1 or more")
     check("max_kv_tokens", lambda value: value >= 1, "1 or more")
+    check("pool_size", lambda value: value >= 1 and value % 2 == 1, "an odd number of at least 1")
+    check("head_floor", lambda value: 0 <= value <= 1, "a number from 0 to 1")
+    check("gating", lambda value: 0 <= value <= 1, "a number from 0 to 1")
     _check_enum(policy.scorer, types_pb2.Scorer, "compression.scorer")
     _check_enum(policy.prefix_scorer, types_pb2.Scorer, "compression.prefix_scorer")
     _check_enum(policy.unit, types_pb2.Unit, "compression.unit")
     _check_enum(policy.scope, types_pb2.Scope, "compression.scope")
+    _check_enum(policy.spread, types_pb2.BudgetSpread, "compression.spread")
     _check_enum(policy.precision, types_pb2.Precision, "compression.precision")
+    _check_spread(policy)
+    for field in ("preset", "prefix_preset"):
+        if policy.HasField(field):
+            name = getattr(policy, field)
+            _require(name in PRESETS, f"compression.{field}", _shown(name), _one_of(PRESETS))
+
+
+def _check_spread(policy: types_pb2.CompressionPolicy) -> None:
+    if policy.spread in (_UNIFORM, types_pb2.BUDGET_SPREAD_UNSPECIFIED):
+        return
+    _require(
+        policy.scope in _SCOPES_WITH_SPREADS,
+        "compression.spread",
+        f"{types_pb2.BudgetSpread.Name(policy.spread)} and scope "
+        f"{types_pb2.Scope.Name(policy.scope)}",
+        "it with SCOPE_HEAD or SCOPE_LAYER",
+    )
 
 
 def _check_enum(value: int, enum: EnumTypeWrapper, path: str) -> None:
-    _require(value in enum.values(), path, value, f"one of {', '.join(enum.keys())}")
+    _require(value in enum.values(), path, value, _one_of(enum.keys()))
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"one of {', '.join(names)}"
 
 
 def _require(is_valid: bool, path: str, seen: object, send: str) -> None:

@@ -9,7 +9,6 @@ import uuid
 import torch
 
 from chunkserve.v1 import prefill_pb2, prefill_pb2_grpc
-from services.compress import policy as policies
 from services.models.loader import LoadedModel, load_model
 from services.prefill.config import PrefillSettings
 from services.prefill.runner import PrefillRunner
@@ -56,9 +55,7 @@ async def serve(settings: PrefillSettings) -> None:
             max_model_len=loaded.max_model_len,
             num_active=runner.num_active,
             num_slots=runner.num_slots,
-            default_policy=policies.to_wire(
-                settings.default_policy, prefix_scorer=settings.prefix_scorer
-            ).SerializeToString(),
+            default_policy=settings.default_compression.SerializeToString(),
         )
 
     heartbeat = asyncio.create_task(

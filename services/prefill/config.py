@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, InstanceOf, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 import chunkkv
-from chunkkv.policy import Scorer
+from chunkkv.policy import Precision, Scope, Scorer, Spread, Unit
+from chunkserve.v1 import types_pb2
+from services.compress import policy as policies
 from services.models.weights import WeightsDtype
 from services.runtime.config import ServiceSettings
+from services.runtime.errors import InvalidRequestError
+
+
+def _read_policy(path: Any) -> Any:
+    """Return the policy of a file; ``None`` and the empty path: there is none."""
+    if not isinstance(path, str):
+        return path
+    try:
+        return chunkkv.policy_from_file(path) if path else None
+    except chunkkv.InvalidPolicyError as error:
+        raise ValueError(str(error)) from error
+
+
+_PolicyOfFile = Annotated[
+    InstanceOf[chunkkv.CompressionPolicy] | None, NoDecode, BeforeValidator(_read_policy)
+]
 
 
 class PrefillSettings(ServiceSettings):
@@ -32,13 +52,28 @@ class PrefillSettings(ServiceSettings):
         ephemeral_ttl_s: Seconds that the segments of one-off requests live if nobody deletes them.
         segment_lease_s: Seconds after the death of a worker until another one computes the segment
             that it was computing.
-        prefix_scorer: Default policy: scorer of prefixes that end with a ``cache_breakpoint``. One
-            that knows no question: those are yet to come.
-        keep_ratio: Default policy: fraction of tokens to keep.
+        default_preset: Default policy: a named one (``chunkkv.PRESETS``), which the fields below
+            change.
+        policy_file: Default policy instead: a JSON file of ``CompressionPolicy`` fields, as
+            ``chunkkv tune`` writes it.
+        prefix_preset: Default policy of prefixes that end with a ``cache_breakpoint``: a named
+            one, for questions that are yet to come. Of ``policy_file`` they take budget and
+            precision; the fields below, but ``scorer``, change it too.
+        prefix_scorer: Default policy of prefixes: another scorer than their preset's.
+        keep_ratio: Default policy: fraction of tokens to keep; 0.3 if no budget is given.
+        max_kept_tokens: Default policy: number of tokens to keep at most, instead.
+        scorer: Default policy: how importance is measured.
+        unit: Default policy: what is kept or dropped together.
         scope: Default policy: who shares a list of positions.
+        spread: Default policy: how the budget is shared out between lists.
         chunk_size: Default policy: tokens in a chunk.
         window_size: Default policy: observation window.
         sink_tokens: Default policy: leading tokens that are always kept.
+        reuse_interval: Default policy: layers that share a list with scope ``group``.
+        pool_size: Default policy: tokens that window scores are averaged over, odd.
+        head_floor: Default policy: fraction of an equal share that every list is given.
+        gating: Default policy: of how little entropy a unit's scores keep its best tokens only.
+        merge_layers: Default policy: whether neighbouring layers are stored as one.
         precision: Default policy: how kept keys and values are stored.
     """
 
@@ -55,22 +90,75 @@ class PrefillSettings(ServiceSettings):
     queue_size: int = Field(default=16, ge=0)
     ephemeral_ttl_s: float = Field(default=600, gt=0, allow_inf_nan=False)
     segment_lease_s: float = Field(default=10, gt=0, allow_inf_nan=False)
-    prefix_scorer: Scorer = "key_diff"
-    keep_ratio: float = Field(default=0.3, gt=0, le=1)
-    scope: Literal["head", "layer", "group", "global"] = "layer"
-    chunk_size: int = Field(default=20, ge=1)
-    window_size: int = Field(default=16, ge=1)
-    sink_tokens: int = Field(default=4, ge=0)
-    precision: Literal["native", "fp8", "int8", "int4"] = "native"
+    default_preset: str = "fast"
+    policy_file: _PolicyOfFile = None
+    prefix_preset: str = "durable"
+    prefix_scorer: Scorer | None = None
+    keep_ratio: float | None = Field(default=None, gt=0, le=1)
+    max_kept_tokens: int | None = Field(default=None, ge=1)
+    scorer: Scorer | None = None
+    unit: Unit | None = None
+    scope: Scope | None = None
+    spread: Spread | None = None
+    chunk_size: int | None = Field(default=None, ge=1)
+    window_size: int | None = Field(default=None, ge=1)
+    sink_tokens: int | None = Field(default=None, ge=0)
+    reuse_interval: int | None = Field(default=None, ge=1)
+    pool_size: int | None = Field(default=None, ge=1)
+    head_floor: float | None = Field(default=None, ge=0, le=1)
+    gating: float | None = Field(default=None, ge=0, le=1)
+    merge_layers: bool | None = None
+    precision: Precision | None = None
+
+    @field_validator("default_preset", "prefix_preset")
+    @classmethod
+    def _check_preset(cls, name: str) -> str:
+        if name not in chunkkv.PRESETS:
+            raise ValueError(f"there is no such preset; give one of {', '.join(chunkkv.PRESETS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> Self:
+        try:
+            policies.from_wire(self.compression)
+            policies.from_wire(policies.for_prefixes(self.prefix_compression))
+        except InvalidRequestError as error:
+            raise ValueError(f"CHUNKSERVE_* give no policy: {error.message}") from error
+        return self
 
     @property
-    def default_policy(self) -> chunkkv.CompressionPolicy:
-        """What applies where neither request nor session says anything."""
-        return chunkkv.CompressionPolicy(
-            keep_ratio=self.keep_ratio,
-            scope=self.scope,
-            chunk_size=self.chunk_size,
-            window_size=self.window_size,
-            sink_tokens=self.sink_tokens,
-            precision=self.precision,
-        )
+    def compression(self) -> types_pb2.CompressionPolicy:
+        """What applies to a prompt where neither request nor session says anything."""
+        if self.policy_file is None:
+            base = types_pb2.CompressionPolicy(preset=self.default_preset)
+        else:
+            base = policies.to_wire(self.policy_file)
+        return policies.overlaid(base, policies.message_of(self._policy_fields))
+
+    @property
+    def prefix_compression(self) -> types_pb2.CompressionPolicy:
+        """The same, for prefixes: of these fields, those that prefixes do not have are unset."""
+        base = types_pb2.CompressionPolicy(prefix_preset=self.prefix_preset)
+        if self.policy_file is not None:
+            shared = ("keep_ratio", "max_kept_tokens", "precision")
+            fields = {name: getattr(self.policy_file, name) for name in shared}
+            base.MergeFrom(policies.message_of(fields))
+        own = policies.overlaid(base, policies.message_of(self._policy_fields))
+        if self.prefix_scorer is not None:
+            own.prefix_scorer = policies.message_of({"scorer": self.prefix_scorer}).scorer
+        return own
+
+    @property
+    def default_compression(self) -> types_pb2.CompressionPolicy:
+        """Both, with every field set, as callers are shown them."""
+        prefix = policies.from_wire(policies.for_prefixes(self.prefix_compression))
+        shown = policies.to_wire(policies.from_wire(self.compression), prefix_scorer=prefix.scorer)
+        shown.prefix_preset = self.prefix_preset
+        if self.policy_file is None:
+            shown.preset = self.default_preset
+        return shown
+
+    @property
+    def _policy_fields(self) -> dict[str, Any]:
+        names = (field.name for field in dataclasses.fields(chunkkv.CompressionPolicy))
+        return {name: getattr(self, name) for name in names}

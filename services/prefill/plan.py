@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import chunkkv
@@ -35,8 +35,8 @@ def plan_spans(
     end: int,
     prefix_ends: Sequence[int],
     *,
-    policy: chunkkv.CompressionPolicy,
-    prefix_policy: chunkkv.CompressionPolicy,
+    policy: Callable[[int], chunkkv.CompressionPolicy],
+    prefix_policy: Callable[[int], chunkkv.CompressionPolicy],
     min_tokens: int,
 ) -> list[PlannedSpan]:
     """Return the spans to make segments of, in order; what is behind the last one stays pending.
@@ -45,8 +45,8 @@ def plan_spans(
         start: Position of the first token that is in no segment.
         end: Position behind the last token that may be.
         prefix_ends: Positions behind the prefixes that are marked.
-        policy: Of what follows the last prefix.
-        prefix_policy: Of the prefixes.
+        policy: Of what follows the last prefix, by its number of tokens.
+        prefix_policy: Of a prefix, by its number of tokens.
         min_tokens: A prefix of fewer tokens is merged into what follows it; a last span of fewer
             stays pending.
     """
@@ -55,6 +55,6 @@ def plan_spans(
     for span_end, is_prefix in [*ends, (end, False)]:
         if span_end - start >= min_tokens:
             chosen = prefix_policy if is_prefix else policy
-            spans.append(PlannedSpan(start, span_end, chosen, is_prefix))
+            spans.append(PlannedSpan(start, span_end, chosen(span_end - start), is_prefix))
             start = span_end
     return spans

@@ -196,7 +196,7 @@ def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
     """Return what a span was compressed by; ``None``: it was stored whole."""
     if not entry.HasField("compression"):
         return None
-    policy = policies.from_wire(entry.compression, chunkkv.CompressionPolicy())
+    policy = policies.from_wire(entry.compression)
     if not entry.compression.HasField("max_kv_tokens"):
         return policy
     # An answer whose KV was bounded while it grew. Which tokens went at which step is not known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class PrefillRunner:
         self._chunk_tokens = prefill_chunk_tokens
         self._most = queue_size + 1
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self._sentence_ends: torch.Tensor | None = None
         self.num_active = 0
         chunkkv.make_observable(loaded.model)
 
@@ -136,10 +138,23 @@ class PrefillRunner:
             computed = time.perf_counter()
             if policy is not None and policy.scorer == "reconstruction":
                 prefilled = chunkkv.reconstruct(model, prefilled, input_ids, before_chunk=check)
+            if policy is not None and policy.unit == "sentence":
+                ends = self._ends_of(input_ids)
+                prefilled = dataclasses.replace(prefilled, sentence_ends=ends)
             kv = _kept(prefilled, policy).to("cpu")
         ended = time.perf_counter()
         _TOKENS.inc(len(token_ids))
         return RunResult(kv, (computed - started) * 1000, (ended - computed) * 1000)
+
+    def _ends_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return which of the tokens end a sentence, ``(batch, seq_len)`` bool."""
+        if self._sentence_ends is None:  # a second for a large vocabulary, and few ask
+            ends = chunkkv.sentence_ending_tokens(
+                self._loaded.tokenizer,
+                vocab_size=int(self._loaded.model.config.get_text_config().vocab_size),
+            )
+            self._sentence_ends = ends.to(self._loaded.device)
+        return self._sentence_ends[input_ids]
 
 
 def _kept(

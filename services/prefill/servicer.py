@@ -11,7 +11,7 @@ import grpc.aio
 from prometheus_client import Counter
 
 import chunkkv
-from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc
+from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
 from services.compress import policy as policies
 from services.compress.segments import covered_tokens, owner_of, segment_id
 from services.models.chat import prefix_ends, tokenize
@@ -100,13 +100,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         before = list(manifest.token_ids)
         (new_ids, ends), tokenize_ms = await timed(lambda: self._tokenize(request, before))
         self._check_length(len(before), len(new_ids), request.min_free_tokens)
-        policy = _as_recorded(self._policy(request, len(new_ids)))
-        prefix_policy = policies.prefix_policy(
-            policy,
-            request.compression,
-            manifest.compression,
-            default=self._settings.prefix_scorer,
-        )
+        _check_chunk_size(request, len(new_ids))
+        asked = policies.overlaid(manifest.compression, request.compression)
+        prompt = policies.overlaid(self._settings.compression, asked)
+        prefix = policies.overlaid(self._settings.prefix_compression, asked)
+        # Here, so that nothing is in the store yet when a value is refused.
+        policy = _recorded(prompt)
+        prefix_policy = _recorded(policies.for_prefixes(prefix))
         manifest.token_ids.extend(new_ids)
         manifest.model_fingerprint = self._loaded.fingerprint
 
@@ -116,7 +116,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             tokenize_ms=tokenize_ms,
             worker_id=self._worker_id,
             compression=policies.to_wire(
-                policy, max_kv_tokens=_max_kv_tokens(request), prefix_scorer=prefix_policy.scorer
+                policy,
+                max_kv_tokens=asked.max_kv_tokens if asked.HasField("max_kv_tokens") else None,
+                prefix_scorer=prefix_policy.scorer,
             ),
         )
         spans = plan_spans(
@@ -125,8 +127,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             len(manifest.token_ids) - 1,
             # Nobody else can find a one-off request's segments.
             [len(before) + end for end in ends] if manifest.session_id else [],
-            policy=policy,
-            prefix_policy=prefix_policy,
+            policy=partial(_recorded, prompt),
+            prefix_policy=partial(_recorded, policies.for_prefixes(prefix)),
             min_tokens=self._settings.min_compress_tokens,
         )
         await self._add_segments(manifest, spans, response, num_before=len(before))
@@ -217,22 +219,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             await find()  # for as long as this session lives, too
         return made, not (made.is_computed and is_first)
 
-    def _policy(
-        self, request: prefill_pb2.PrefillRequest, num_new_tokens: int
-    ) -> chunkkv.CompressionPolicy:
-        if not request.HasField("compression"):
-            return policies.from_wire(request.manifest.compression, self._settings.default_policy)
-        asked = request.compression
-        if asked.HasField("chunk_size") and asked.chunk_size > num_new_tokens:
-            raise InvalidRequestError(
-                f"compression.chunk_size is {asked.chunk_size}, but the prompt has "
-                f"{num_new_tokens} tokens; send 1 to {num_new_tokens}",
-                reason="CHUNK_LARGER_THAN_PROMPT",
-                field="compression.chunk_size",
-            )
-        default = policies.from_wire(request.manifest.compression, self._settings.default_policy)
-        return policies.from_wire(asked, default)
-
     def _check_length(self, num_before: int, num_new: int, min_free: int) -> None:
         most = self._loaded.max_model_len - max(min_free, 1)
         if num_before + num_new <= most:
@@ -247,20 +233,25 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
 
-def _as_recorded(policy: chunkkv.CompressionPolicy) -> chunkkv.CompressionPolicy:
-    """Return the policy that a manifest's entry gives back.
+def _check_chunk_size(request: prefill_pb2.PrefillRequest, num_new_tokens: int) -> None:
+    asked = request.compression
+    if asked.HasField("chunk_size") and asked.chunk_size > num_new_tokens:
+        raise InvalidRequestError(
+            f"compression.chunk_size is {asked.chunk_size}, but the prompt has "
+            f"{num_new_tokens} tokens; send 1 to {num_new_tokens}",
+            reason="CHUNK_LARGER_THAN_PROMPT",
+            field="compression.chunk_size",
+        )
 
-    The wire has 32-bit ratios: a span that is rebuilt must be compressed as it was.
+
+def _recorded(
+    message: types_pb2.CompressionPolicy, num_tokens: int | None = None
+) -> chunkkv.CompressionPolicy:
+    """Return the policy of a span, as a manifest's entry gives it back.
+
+    The wire has 32-bit fractions: a span that is rebuilt must be compressed as it was.
     """
-    return policies.from_wire(policies.to_wire(policy), policy)
-
-
-def _max_kv_tokens(request: prefill_pb2.PrefillRequest) -> int | None:
-    for policy in (request.compression, request.manifest.compression):
-        if policy.HasField("max_kv_tokens"):
-            bound: int = policy.max_kv_tokens
-            return bound
-    return None
+    return policies.from_wire(policies.to_wire(policies.from_wire(message, num_tokens=num_tokens)))
 
 
 def kv_bytes_per_token(model: Any) -> int:

@@ -100,7 +100,9 @@ def test_generate_sends_every_option(gateway: StandIn):
     args = """--max-tokens 5 --temperature 0.5 --seed 9 --stop END --stop . --model tiny
         --repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5
         --keep-ratio 0.2 --scorer window --unit chunk --scope group --chunk-size 20
-        --window-size 8 --sink-tokens 4 --reuse-interval 2 --request-id mine"""
+        --window-size 8 --sink-tokens 4 --reuse-interval 2 --preset chunkkv --spread uniform
+        --pool-size 5 --head-floor 0.5 --gating 0.25 --merge-layers --precision int8
+        --max-kv-tokens 900 --request-id mine"""
 
     assert run(gateway, "generate", "hi", *args.split()).exit_code == 0
 
@@ -124,6 +126,14 @@ def test_generate_sends_every_option(gateway: StandIn):
         window_size=8,
         sink_tokens=4,
         reuse_interval=2,
+        preset="chunkkv",
+        spread=types_pb2.BUDGET_SPREAD_UNIFORM,
+        pool_size=5,
+        head_floor=0.5,
+        gating=0.25,
+        merge_layers=True,
+        precision=types_pb2.PRECISION_INT8,
+        max_kv_tokens=900,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import chunkkv
 from chunkserve.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
 from services.compress import policy as policies
 from services.compress.memory import ReceivePool
-from services.compress.segments import fetched_segments, segment_id
+from services.compress.segments import fetched_segments, segment_id, store_segment
 from services.prefill import runner as prefill_runner
 from services.prefill import segments as prefill_segments
 from services.prefill.runner import PrefillRunner
@@ -28,6 +29,7 @@ from services.runtime.errors import OverloadedError
 from services.runtime.server import open_channel
 from services.store import Store, keys
 from tests.integration.prefill_worker import refused, request, serving, session
+from tests.ragged_spans import ragged_span, random_rows
 
 IDS = [1 + i * 7 % 250 for i in range(60)]
 
@@ -279,6 +281,41 @@ async def test_stored_segments_are_what_the_library_computes(stub, store):
                 assert torch.equal(layer.positions, own_layer.positions)
                 torch.testing.assert_close(layer.keys, own_layer.keys, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(layer.values, own_layer.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scorer", ["window", "reconstruction", "key_diff"])
+async def test_a_turn_goes_on_from_a_segment_whose_heads_keep_different_numbers(
+    stub, store, scorer
+):
+    loaded = load_tiny()
+    whole = chunkkv.CompressionPolicy(keep_ratio=1.0, scope="head", window_size=4)
+    [prefix] = chunkkv.prefill(loaded.model, torch.tensor([IDS[:-1]]), whole)
+    ragged = ragged_span(prefix, random_rows([[0, 40], [17, 3]], 59))
+    manifest = session(model_fingerprint=loaded.fingerprint, token_ids=IDS)
+    manifest.segments.append(store_segment(store, ragged, manifest, ttl_s=60))
+    policy = policies.from_wire(manifest.compression, chunkkv.CompressionPolicy())
+    policy = dataclasses.replace(policy, scorer=scorer)
+
+    second = await stub.Prefill(request(manifest, IDS[:30], compression=policies.to_wire(policy)))
+    third = await stub.Prefill(request(second.manifest, IDS[30:]))
+
+    assert second.manifest.segments[0].num_kept_tokens == 15
+    assert second.num_prefilled_tokens == third.num_prefilled_tokens == 30
+    past = chunkkv.KVCache.from_segments(loaded.model.config, [ragged])
+    new_ids = torch.tensor([[IDS[-1], *IDS[:29]]])
+    prefilled = chunkkv.run_prefill(loaded.model, new_ids, window_size=4, past=past)
+    if scorer == "reconstruction":
+        prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
+    [expected] = chunkkv.compress(prefilled, policy)
+    lent = fetched_segments(
+        store, third.manifest.segments, fingerprint=loaded.fingerprint, pool=ReceivePool()
+    )
+    with lent as fetched:
+        assert torch.equal(fetched.kv[0].memory, ragged.memory)
+        for layer, own_layer in zip(fetched.kv[1].layers, expected.layers, strict=True):
+            assert torch.equal(layer.positions, own_layer.positions)
+            torch.testing.assert_close(layer.keys, own_layer.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.values, own_layer.values, atol=1e-4, rtol=1e-4)
 
 
 async def test_pending_tokens_of_a_short_turn_are_compressed_with_the_next_long_one(stub):

@@ -13,6 +13,10 @@ class Scorer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORER_WINDOW: _ClassVar[Scorer]
     SCORER_RECONSTRUCTION: _ClassVar[Scorer]
     SCORER_KEY_DIFF: _ClassVar[Scorer]
+    SCORER_HEAVY_HITTER: _ClassVar[Scorer]
+    SCORER_RECENCY: _ClassVar[Scorer]
+    SCORER_EXPECTED_ATTENTION: _ClassVar[Scorer]
+    SCORER_KEY_NORM: _ClassVar[Scorer]
 
 class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -27,6 +31,7 @@ class Unit(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UNIT_UNSPECIFIED: _ClassVar[Unit]
     UNIT_CHUNK: _ClassVar[Unit]
     UNIT_TOKEN: _ClassVar[Unit]
+    UNIT_SENTENCE: _ClassVar[Unit]
 
 class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,6 +40,13 @@ class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCOPE_LAYER: _ClassVar[Scope]
     SCOPE_GROUP: _ClassVar[Scope]
     SCOPE_GLOBAL: _ClassVar[Scope]
+
+class BudgetSpread(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BUDGET_SPREAD_UNSPECIFIED: _ClassVar[BudgetSpread]
+    BUDGET_SPREAD_UNIFORM: _ClassVar[BudgetSpread]
+    BUDGET_SPREAD_PYRAMID: _ClassVar[BudgetSpread]
+    BUDGET_SPREAD_ADAPTIVE: _ClassVar[BudgetSpread]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +58,10 @@ SCORER_UNSPECIFIED: Scorer
 SCORER_WINDOW: Scorer
 SCORER_RECONSTRUCTION: Scorer
 SCORER_KEY_DIFF: Scorer
+SCORER_HEAVY_HITTER: Scorer
+SCORER_RECENCY: Scorer
+SCORER_EXPECTED_ATTENTION: Scorer
+SCORER_KEY_NORM: Scorer
 PRECISION_UNSPECIFIED: Precision
 PRECISION_NATIVE: Precision
 PRECISION_FP8: Precision
@@ -54,11 +70,16 @@ PRECISION_INT4: Precision
 UNIT_UNSPECIFIED: Unit
 UNIT_CHUNK: Unit
 UNIT_TOKEN: Unit
+UNIT_SENTENCE: Unit
 SCOPE_UNSPECIFIED: Scope
 SCOPE_HEAD: Scope
 SCOPE_LAYER: Scope
 SCOPE_GROUP: Scope
 SCOPE_GLOBAL: Scope
+BUDGET_SPREAD_UNSPECIFIED: BudgetSpread
+BUDGET_SPREAD_UNIFORM: BudgetSpread
+BUDGET_SPREAD_PYRAMID: BudgetSpread
+BUDGET_SPREAD_ADAPTIVE: BudgetSpread
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_STOP: FinishReason
@@ -128,12 +149,13 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class CompressionPolicy(_message.Message):
-    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "precision", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens", "prefix_scorer")
+    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "spread", "precision", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens", "prefix_scorer", "pool_size", "head_floor", "gating", "merge_layers", "preset", "prefix_preset")
     KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
+    SPREAD_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     CHUNK_SIZE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -141,11 +163,18 @@ class CompressionPolicy(_message.Message):
     REUSE_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     MAX_KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SCORER_FIELD_NUMBER: _ClassVar[int]
+    POOL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    GATING_FIELD_NUMBER: _ClassVar[int]
+    MERGE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PRESET_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PRESET_FIELD_NUMBER: _ClassVar[int]
     keep_ratio: float
     max_kept_tokens: int
     scorer: Scorer
     unit: Unit
     scope: Scope
+    spread: BudgetSpread
     precision: Precision
     chunk_size: int
     window_size: int
@@ -153,7 +182,13 @@ class CompressionPolicy(_message.Message):
     reuse_interval: int
     max_kv_tokens: int
     prefix_scorer: Scorer
-    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ..., prefix_scorer: _Optional[_Union[Scorer, str]] = ...) -> None: ...
+    pool_size: int
+    head_floor: float
+    gating: float
+    merge_layers: bool
+    preset: str
+    prefix_preset: str
+    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., spread: _Optional[_Union[BudgetSpread, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ..., prefix_scorer: _Optional[_Union[Scorer, str]] = ..., pool_size: _Optional[int] = ..., head_floor: _Optional[float] = ..., gating: _Optional[float] = ..., merge_layers: _Optional[bool] = ..., preset: _Optional[str] = ..., prefix_preset: _Optional[str] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("text", "token_ids", "first_token_index", "logprobs")

@@ -11,13 +11,10 @@ from transformers import Cache, DynamicCache, LlamaConfig, Qwen3NextConfig
 
 import chunkkv
 from chunkkv import (
-    CompressedKV,
     CompressionPolicy,
     InvalidInputError,
     KVCache,
-    LayerShape,
     MismatchError,
-    SpanShape,
 )
 
 WHOLE = CompressionPolicy(keep_ratio=1.0)
@@ -98,14 +95,6 @@ def test_span_of_another_number_of_layers_is_refused():
     span = chunkkv.prefill(tiny_model(), prompts(30)[0], HALF)[0]
 
     with pytest.raises(MismatchError, match="span has 4 layers, the model has 2"):
-        KVCache.from_segments(CONFIG, [span])
-
-
-def test_heads_of_different_lengths_are_refused():
-    layer = LayerShape(lengths=(2, 3), key_dim=4, value_dim=4, index_list=0)
-    span = CompressedKV.empty(SpanShape("m", "p", 0, 9, "float32", (layer,) * 2, (5,), False))
-
-    with pytest.raises(InvalidInputError, match="no rectangle"):
         KVCache.from_segments(CONFIG, [span])
 
 

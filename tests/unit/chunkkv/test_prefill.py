@@ -183,7 +183,7 @@ def test_later_spans_run_on_every_family_and_keep_their_budget(family: str, scop
 
 @pytest.mark.parametrize("unit", ["chunk", "token"])
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", FULL_ATTENTION_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_batch_of_compressed_rows_generates_as_each_alone(family: str, scope: Any, unit: Any):
     model = tiny_model(family)
     ids, mask = prompts(*LENGTHS)
@@ -391,16 +391,6 @@ def test_rows_with_different_numbers_of_pending_tokens_are_refused():
 
     with pytest.raises(InvalidInputError, match=r"\[5, 10\] tokens"):
         chunkkv.generation_inputs(model, spans, [ids[0], ids[0]])
-
-
-def test_compressed_rows_do_not_share_a_mask_where_layers_slide():
-    model = tiny_model("gemma3")
-    ids, mask = prompts(*LENGTHS)
-    policy = CompressionPolicy(**SMALL)
-    spans = chunkkv.prefill(model, ids[:, :-1], policy, attention_mask=mask[:, :-1])
-
-    with pytest.raises(InvalidInputError, match="run them one by one"):
-        chunkkv.generation_inputs(model, [[s] for s in spans], rows_of(ids, mask))
 
 
 def test_token_ids_of_the_vocabulary_are_generated():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 
+from chunkkv.policy import Precision, Scope, Scorer, Spread, Unit
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from chunkserve_client import (
     Compression,
@@ -162,8 +164,26 @@ def test_value_that_no_message_can_carry_is_an_invalid_request(options):
 
 
 def test_unknown_choice_names_the_known_ones():
-    with pytest.raises(InvalidRequest, match="unit 'word' is not one of chunk, token"):
+    with pytest.raises(InvalidRequest, match="unit 'word' is not one of chunk, token, sentence"):
         _wire.compression_to_wire(Compression(unit="word"))
+    with pytest.raises(InvalidRequest, match="spread 'wide' is not one of uniform, pyramid, ad"):
+        _wire.compression_to_wire(Compression(spread="wide"))
+
+
+def test_every_choice_of_the_library_has_a_name_on_the_wire():
+    names = {
+        "scorer": Scorer,
+        "prefix_scorer": Scorer,
+        "unit": Unit,
+        "scope": Scope,
+        "spread": Spread,
+        "precision": Precision,
+    }
+
+    for field, choices in names.items():
+        for choice in get_args(choices):
+            sent = _wire.compression_to_wire(Compression(**{field: choice}))
+            assert getattr(_wire.compression_from_wire(sent), field) == choice
 
 
 @pytest.mark.parametrize(
@@ -173,8 +193,11 @@ def test_unknown_choice_names_the_known_ones():
         Compression(keep_ratio=0.1, scorer="window", unit="chunk", scope="group"),
         Compression(max_kept_tokens=512, unit="token", scope="global", sink_tokens=0),
         Compression(chunk_size=10, window_size=16, reuse_interval=2),
+        Compression(scorer="expected_attention", unit="sentence", spread="adaptive"),
+        Compression(pool_size=7, head_floor=0.1, gating=0.0, merge_layers=False),
+        Compression(preset="snapkv", prefix_preset="durable", prefix_scorer="key_norm"),
     ],
-    ids=["unset", "ratio", "tokens", "sizes"],
+    ids=["unset", "ratio", "tokens", "sizes", "spread", "knobs", "presets"],
 )
 def test_compression_survives_the_wire(compression):
     sent = _wire.compression_to_wire(compression).SerializeToString()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import redis
 import torch
@@ -65,6 +67,26 @@ async def test_budget_is_exact_and_whole_segments_keep_all(store: Store, compact
     assert torch.equal(small.memory, chunkkv.recompress(originals[0], max_kept_tokens=17).memory)
     assert torch.equal(large.memory, chunkkv.recompress(originals[2], max_kept_tokens=33).memory)
     assert torch.equal(whole.memory, originals[1].memory)
+
+
+async def test_lists_that_compete_keep_the_budget_on_the_average(
+    store: Store, compactor: Compactor
+):
+    competing = dataclasses.replace(HALF, unit="token", spread="adaptive").canonical()
+    before = await store_session(store, "s-1", [(80, competing), (7, WHOLE), (160, competing)])
+    originals = open_spans(store, before.segments)
+
+    await compactor.compact("default", "s-1", Target(max_kept_tokens=57))
+    first = await read_session(store, "s-1")
+    ragged = open_spans(store, first.segments)
+    await compactor.compact("default", "s-1", Target(shrink=0.7, floor_ratio=0.05))
+
+    assert kept(first.segments) == [17, 7, 33]
+    assert torch.equal(
+        ragged[2].memory, chunkkv.recompress(originals[2], max_kept_tokens=33).memory
+    )
+    assert len({layer.lengths for layer in ragged[2].layers}) == 2, "layers kept different numbers"
+    assert kept((await read_session(store, "s-1")).segments) == [11, 7, 23]
 
 
 async def test_ratio_is_of_the_sessions_tokens(store: Store, compactor: Compactor):

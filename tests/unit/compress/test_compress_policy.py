@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from chunkkv import CompressionPolicy
+from chunkkv import PRESETS, CompressionPolicy, preset
+from chunkkv.policy import Precision, Scope, Scorer, Spread, Unit
 from chunkserve.v1 import types_pb2
-from services.compress.policy import from_wire, prefix_policy, to_wire
+from services.compress.policy import for_prefixes, from_wire, message_of, overlaid, to_wire
 from services.runtime.errors import InvalidRequestError
 
 DEFAULT = CompressionPolicy(
@@ -24,38 +26,63 @@ def message(**fields: Any) -> types_pb2.CompressionPolicy:
     return types_pb2.CompressionPolicy(**fields)
 
 
-policies = st.builds(
-    lambda budget, **choices: CompressionPolicy(**budget, **choices),
-    budget=st.one_of(
-        st.builds(lambda n: {"keep_ratio": n / 1000}, st.integers(1, 1000)),
-        st.builds(lambda n: {"max_kept_tokens": n}, st.integers(1, INT32_MAX)),
-    ),
-    scorer=st.sampled_from(["window", "reconstruction", "key_diff"]),
-    unit=st.sampled_from(["chunk", "token"]),
-    scope=st.sampled_from(["head", "layer", "group", "global"]),
-    precision=st.sampled_from(["native", "fp8", "int8", "int4"]),
-    chunk_size=st.integers(1, INT32_MAX),
-    window_size=st.integers(1, INT32_MAX),
-    sink_tokens=st.integers(0, INT32_MAX),
-    reuse_interval=st.integers(1, INT32_MAX),
+fractions = st.integers(0, 1000).map(lambda n: n / 1000)
+CHOICES: dict[str, st.SearchStrategy[Any]] = {
+    "scorer": st.sampled_from(get_args(Scorer)),
+    "unit": st.sampled_from(get_args(Unit)),
+    "scope": st.sampled_from(get_args(Scope)),
+    "spread": st.sampled_from(get_args(Spread)),
+    "precision": st.sampled_from(get_args(Precision)),
+    "chunk_size": st.integers(1, INT32_MAX),
+    "window_size": st.integers(1, INT32_MAX),
+    "sink_tokens": st.integers(0, INT32_MAX),
+    "reuse_interval": st.integers(1, INT32_MAX),
+    "pool_size": st.integers(0, INT32_MAX // 2 - 1).map(lambda n: 2 * n + 1),
+    "head_floor": fractions,
+    "gating": fractions,
+    "merge_layers": st.booleans(),
+}
+budgets = st.one_of(
+    st.builds(lambda n: {"keep_ratio": n / 1000}, st.integers(1, 1000)),
+    st.builds(lambda n: {"max_kept_tokens": n}, st.integers(1, INT32_MAX)),
 )
 
 
-@given(policy=policies)
+@st.composite
+def any_policy(draw: st.DrawFn) -> CompressionPolicy:
+    chosen = draw(st.fixed_dictionaries(CHOICES))
+    assume(chosen["spread"] == "uniform" or chosen["scope"] in ("head", "layer"))
+    return CompressionPolicy(**draw(budgets), **chosen)
+
+
+def test_every_field_of_the_library_is_drawn():
+    drawn = {"keep_ratio", "max_kept_tokens", *CHOICES}
+
+    assert drawn == {field.name for field in dataclasses.fields(CompressionPolicy)}
+
+
+def as_sent(policy: types_pb2.CompressionPolicy) -> types_pb2.CompressionPolicy:
+    return types_pb2.CompressionPolicy.FromString(policy.SerializeToString())
+
+
+@given(policy=any_policy())
 def test_policy_comes_back_as_it_was(policy: CompressionPolicy):
-    sent = types_pb2.CompressionPolicy.FromString(to_wire(policy).SerializeToString())
+    sent = as_sent(to_wire(policy))
 
     found = from_wire(sent, DEFAULT)
 
     assert found.canonical() == policy.canonical()
     assert to_wire(found) == sent
+    # What a manifest's entry gives back chooses the same in every bit.
+    assert from_wire(as_sent(to_wire(found))) == found
 
 
 def test_every_field_is_written():
     written = {field.name for field, _ in to_wire(DEFAULT, prefix_scorer="window").ListFields()}
 
     known = {field.name for field in types_pb2.CompressionPolicy.DESCRIPTOR.fields}
-    assert written == known - {"max_kept_tokens", "max_kv_tokens"}
+    # Presets are gone into the fields.
+    assert written == known - {"max_kept_tokens", "max_kv_tokens", "preset", "prefix_preset"}
     assert to_wire(DEFAULT, max_kv_tokens=900).max_kv_tokens == 900
 
 
@@ -75,6 +102,9 @@ def test_set_fields_are_the_messages():
             window_size=12,
             sink_tokens=0,
             reuse_interval=4,
+            pool_size=5,
+            gating=0.5,
+            merge_layers=True,
         ),
         DEFAULT,
     )
@@ -87,6 +117,9 @@ def test_set_fields_are_the_messages():
         window_size=12,
         sink_tokens=0,
         reuse_interval=4,
+        pool_size=5,
+        gating=0.5,
+        merge_layers=True,
     )
 
 
@@ -123,6 +156,18 @@ def test_ratio_of_the_wire_gives_the_exact_budget(percent: int):
         ({"reuse_interval": 0}, "reuse_interval is 0"),
         ({"scorer": 99}, "scorer is 'number 99'; give one of window, reconstruction, key_diff"),
         ({"unit": 99}, "unit is 'number 99'; give one of chunk, token"),
+        ({"pool_size": 0}, "pool_size is 0"),
+        ({"pool_size": 4}, "pool_size is 4; give an odd number"),
+        ({"head_floor": -0.5}, "head_floor is -0.5; give a number from 0 to 1"),
+        ({"head_floor": math.nan}, "head_floor is nan"),
+        ({"gating": 1.5}, "gating is 1.5; give a number from 0 to 1"),
+        ({"spread": 99}, "spread is 'number 99'; give one of uniform, pyramid, adaptive"),
+        ({"preset": "slow"}, "no preset 'slow'; give one of fast, durable, "),
+        ({"preset": ""}, "no preset ''"),
+        (
+            {"spread": types_pb2.BUDGET_SPREAD_ADAPTIVE, "scope": types_pb2.SCOPE_GLOBAL},
+            "spread is 'adaptive' and scope 'global'",
+        ),
         ({"scope": 99}, "scope is 'number 99'; give one of head, layer, group, global"),
     ],
 )
@@ -133,15 +178,96 @@ def test_value_out_of_range_is_the_callers_fault(fields: dict[str, Any], text: s
     assert text in caught.value.message
 
 
-def test_a_prefix_has_the_first_scorer_that_is_named_and_else_the_same_policy():
-    unset, window = message(), message(prefix_scorer=types_pb2.SCORER_WINDOW)
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("budget", [{"keep_ratio": 0.5}, {"keep_ratio": 1.0}])
+def test_a_preset_is_the_librarys_with_the_budget_and_the_precision_of_the_default(name, budget):
+    default = CompressionPolicy(**budget, scope="head", chunk_size=7, precision="int8")
 
-    assert prefix_policy(DEFAULT, unset, window, default="window") == DEFAULT
-    assert prefix_policy(DEFAULT, unset, unset, default="window") == DEFAULT
+    found = from_wire(message(preset=name), default, num_tokens=100)
+
+    expected = preset(name, num_tokens=100, precision="int8", **budget)
+    assert found == expected
 
 
-def test_a_prefix_scorer_that_does_not_exist_is_the_callers_fault():
-    asked = message(prefix_scorer=types_pb2.Scorer.ValueType(99))
+def test_a_preset_is_changed_by_the_fields_beside_it():
+    found = from_wire(message(preset="durable", chunk_size=9, keep_ratio=0.125), DEFAULT)
 
-    with pytest.raises(InvalidRequestError, match="scorer is 'number 99'; give one of window"):
-        prefix_policy(DEFAULT, asked, default="window")
+    assert found == preset("durable", keep_ratio=0.125, chunk_size=9)
+
+
+def test_a_shared_scope_gives_up_a_spread_that_it_inherits():
+    adaptive = CompressionPolicy(scope="head", spread="adaptive")
+
+    assert from_wire(message(scope=types_pb2.SCOPE_GLOBAL), adaptive).spread == "uniform"
+    assert from_wire(message(scope=types_pb2.SCOPE_LAYER), adaptive).spread == "adaptive"
+    durable = overlaid(message(preset="durable"), message(scope=types_pb2.SCOPE_GROUP))
+    assert from_wire(durable).spread == "uniform"
+
+
+def test_of_two_messages_the_upper_ones_fields_apply():
+    below = message(keep_ratio=0.5, chunk_size=3, scorer=types_pb2.SCORER_RECENCY, pool_size=5)
+    above = message(max_kept_tokens=9, chunk_size=4, max_kv_tokens=50)
+
+    assert overlaid(below, above) == message(
+        max_kept_tokens=9,
+        chunk_size=4,
+        scorer=types_pb2.SCORER_RECENCY,
+        pool_size=5,
+        max_kv_tokens=50,
+    )
+    assert below == message(
+        keep_ratio=0.5, chunk_size=3, scorer=types_pb2.SCORER_RECENCY, pool_size=5
+    )
+
+
+def test_a_preset_of_the_upper_message_replaces_the_method_below_and_nothing_else():
+    below = message(
+        preset="kvzip",
+        keep_ratio=0.5,
+        chunk_size=3,
+        precision=types_pb2.PRECISION_INT8,
+        prefix_scorer=types_pb2.SCORER_WINDOW,
+        max_kv_tokens=50,
+    )
+
+    merged = overlaid(below, message(preset="snapkv", pool_size=7))
+
+    assert merged == message(
+        preset="snapkv",
+        keep_ratio=0.5,
+        pool_size=7,
+        precision=types_pb2.PRECISION_INT8,
+        prefix_scorer=types_pb2.SCORER_WINDOW,
+        max_kv_tokens=50,
+    )
+
+
+def test_a_prefix_has_a_scorer_and_a_preset_of_its_own_and_else_the_same_fields():
+    asked = message(
+        keep_ratio=0.5,
+        scorer=types_pb2.SCORER_WINDOW,
+        preset="snapkv",
+        chunk_size=4,
+        prefix_scorer=types_pb2.SCORER_KEY_DIFF,
+        prefix_preset="durable",
+    )
+
+    assert for_prefixes(asked) == message(
+        keep_ratio=0.5, preset="durable", scorer=types_pb2.SCORER_KEY_DIFF, chunk_size=4
+    )
+    assert for_prefixes(message(scorer=types_pb2.SCORER_WINDOW)) == message()
+
+
+def test_a_prefixs_preset_replaces_the_scorer_below():
+    below = message(prefix_scorer=types_pb2.SCORER_WINDOW, chunk_size=4)
+
+    merged = overlaid(below, message(prefix_preset="keydiff"))
+
+    assert from_wire(for_prefixes(merged)).scorer == "key_diff"
+    assert merged.chunk_size == 4
+
+
+def test_fields_that_are_none_are_not_set():
+    assert message_of({"keep_ratio": None, "unit": "sentence", "gating": 0.5}) == message(
+        unit=types_pb2.UNIT_SENTENCE, gating=0.5
+    )

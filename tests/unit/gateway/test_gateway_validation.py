@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+import chunkkv
 from chunkserve.v1 import inference_pb2, session_pb2, types_pb2
 from services.gateway import validation
 from services.runtime.errors import InvalidRequestError
 
-Fields = list[tuple[str, list[Any], list[Any]]]
+Fields = list[tuple[str, Iterable[Any], Iterable[Any]]]
 
 SAMPLING_FIELDS: Fields = [
     # field, values in range, values out of range
@@ -36,11 +38,19 @@ POLICY_FIELDS: Fields = [
     ("window_size", [1, 32], [0, -1]),
     ("sink_tokens", [0, 4], [-1]),
     ("reuse_interval", [1, 4], [0, -1]),
-    ("scorer", [0, 1, 2, 3], [4, 99, -1]),
-    ("prefix_scorer", [0, 1, 2, 3], [4, -1]),
+    ("scorer", range(8), [8, 99, -1]),
+    ("prefix_scorer", range(8), [8, -1]),
     ("precision", [0, 1, 2, 3, 4], [5, -1]),
-    ("unit", [0, 1, 2], [3, -1]),
+    ("unit", [0, 1, 2, 3], [4, -1]),
     ("scope", [0, 1, 2, 3, 4], [5, -1]),
+    ("spread", [0, 1, 2, 3], [4, -1]),
+    ("max_kv_tokens", [1, 10_000], [0, -1]),
+    ("pool_size", [1, 7], [0, 2, -1]),
+    ("head_floor", [0, 0.5, 1], [-0.5, 1.5, math.nan, math.inf]),
+    ("gating", [0, 0.5, 1], [-0.5, 1.5, math.nan]),
+    ("merge_layers", [False, True], []),
+    ("preset", chunkkv.PRESETS, ["", "slow", "x" * 100]),
+    ("prefix_preset", chunkkv.PRESETS, ["", "slow"]),
 ]
 
 
@@ -89,7 +99,38 @@ def test_a_policy_out_of_range_is_refused(field: str, value: Any) -> None:
     error = refused(generate(compression=types_pb2.CompressionPolicy(**{field: value})))
 
     assert error.field == f"compression.{field}"
-    assert f"is {value:g}; send " in error.message
+    shown = f"{value:g}" if isinstance(value, int | float) else repr(value[:40])[:-1]
+    assert error.message.startswith(f"compression.{field} is {shown}")
+    assert "; send " in error.message
+
+
+def test_every_field_of_a_policy_is_tried() -> None:
+    tried = {field for field, _, _ in POLICY_FIELDS}
+
+    assert tried == set(types_pb2.CompressionPolicy.DESCRIPTOR.fields_by_name)
+
+
+def test_presets_are_the_librarys() -> None:
+    assert tuple(chunkkv.PRESETS) == validation.PRESETS
+    error = refused(generate(compression=types_pb2.CompressionPolicy(preset="slow")))
+    assert error.message == (
+        f"compression.preset is 'slow'; send one of {', '.join(chunkkv.PRESETS)}"
+    )
+
+
+@pytest.mark.parametrize("spread", [2, 3])
+@pytest.mark.parametrize(
+    ("scope", "is_valid"), [(0, True), (1, True), (2, True), (3, False), (4, False)]
+)
+def test_a_spread_needs_lists_of_layers_or_heads(spread: int, scope: int, is_valid: bool) -> None:
+    request = generate(compression=types_pb2.CompressionPolicy(spread=spread, scope=scope))
+
+    if is_valid:
+        validation.check_generate(request)
+    else:
+        error = refused(request)
+        assert error.field == "compression.spread"
+        assert error.message.endswith("; send it with SCOPE_HEAD or SCOPE_LAYER")
 
 
 @pytest.mark.parametrize(

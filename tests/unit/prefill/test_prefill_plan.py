@@ -7,8 +7,13 @@ import pytest
 import chunkkv
 from services.prefill.plan import plan_spans
 
-POLICY = chunkkv.CompressionPolicy(keep_ratio=0.5)
-PREFIX_POLICY = chunkkv.CompressionPolicy(keep_ratio=0.25)
+
+def policy(num_tokens: int) -> chunkkv.CompressionPolicy:
+    return chunkkv.CompressionPolicy(keep_ratio=0.5, window_size=num_tokens)
+
+
+def prefix_policy(num_tokens: int) -> chunkkv.CompressionPolicy:
+    return chunkkv.CompressionPolicy(keep_ratio=0.25, window_size=num_tokens)
 
 
 @pytest.mark.parametrize(
@@ -46,9 +51,10 @@ PREFIX_POLICY = chunkkv.CompressionPolicy(keep_ratio=0.25)
 )
 def test_spans(start, end, prefix_ends, expected):
     spans = plan_spans(
-        start, end, prefix_ends, policy=POLICY, prefix_policy=PREFIX_POLICY, min_tokens=10
+        start, end, prefix_ends, policy=policy, prefix_policy=prefix_policy, min_tokens=10
     )
 
     assert [(span.start, span.end, span.is_prefix) for span in spans] == expected
-    assert all(span.policy == (PREFIX_POLICY if span.is_prefix else POLICY) for span in spans)
+    for span in spans:
+        assert span.policy == (prefix_policy if span.is_prefix else policy)(span.num_tokens)
     assert sum(span.num_tokens for span in spans) == (spans[-1].end - start if spans else 0)
