@@ -18,13 +18,16 @@ from chunkkv.errors import (
 )
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy, Precision
+from chunkkv.policy_file import policy_from_file, write_policy
 from chunkkv.prefill import generation_inputs, prefill, run_prefill
 from chunkkv.prefilled import Prefilled
+from chunkkv.presets import PRESETS, Preset, preset
 from chunkkv.recompress import is_prunable, recompress
 from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
 from chunkkv.selection import Selection, select, select_positions
 
 __all__ = [
+    "PRESETS",
     "ChunkKVError",
     "CompressedKV",
     "CompressionPolicy",
@@ -40,6 +43,7 @@ __all__ = [
     "MismatchError",
     "Precision",
     "Prefilled",
+    "Preset",
     "QueryProbe",
     "Selection",
     "SpanShape",
@@ -52,7 +56,9 @@ __all__ = [
     "make_observable",
     "model_fingerprint",
     "observable",
+    "policy_from_file",
     "prefill",
+    "preset",
     "read_header",
     "recompress",
     "reconstruct",
@@ -61,4 +67,5 @@ __all__ = [
     "select_positions",
     "size_bytes",
     "window_scores",
+    "write_policy",
 ]
