@@ -48,6 +48,26 @@ class AttentionProbe(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Several probes, where a model takes one."""
+
+    probes: tuple[AttentionProbe, ...]
+
+    def observe(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        *,
+        keys: torch.Tensor,
+    ) -> None:
+        """Show each probe what one layer computed in one forward pass."""
+        for probe in self.probes:
+            probe.observe(layer, queries, scaling, softcap, keys=keys)
+
+
 @dataclass(slots=True)
 class QueryProbe:
     """Keeps the queries of the last tokens that a model saw, layer by layer.
@@ -80,8 +100,13 @@ class QueryProbe:
             recent = torch.cat([self.queries[layer], recent], dim=2)[:, :, -self.window_size :]
         # A copy, so that the whole prompt's queries are not kept alive by a view.
         self.queries[layer] = recent.clone()
-        self.scaling[layer] = queries.shape[-1] ** -0.5 if scaling is None else scaling
+        self.scaling[layer] = scaling_of(queries, scaling)
         self.softcap[layer] = softcap
+
+
+def scaling_of(queries: torch.Tensor, scaling: float | None) -> float:
+    """Return the factor on the dot products of a layer that names ``scaling``, or none."""
+    return float(queries.shape[-1] ** -0.5) if scaling is None else scaling
 
 
 @contextmanager

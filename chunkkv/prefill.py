@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
-from chunkkv.attention import PROBE_ARGUMENT, QueryProbe, observable
-from chunkkv.cache import KVCache
+from chunkkv.attention import PROBE_ARGUMENT, Probes, QueryProbe, observable
+from chunkkv.cache import KeptLayer, KVCache
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.errors import InvalidInputError
 from chunkkv.fingerprint import model_fingerprint
-from chunkkv.policy import CompressionPolicy
+from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import reconstruct
+from chunkkv.scoring import ObservedSpan, observers, reconstruct
 
 
 def prefill(
@@ -46,6 +46,7 @@ def prefill(
         model,
         input_ids,
         window_size=policy.window_size,
+        scorers=(policy.scorer,),
         attention_mask=attention_mask,
         prefill_chunk_tokens=prefill_chunk_tokens,
     )
@@ -60,6 +61,7 @@ def run_prefill(
     input_ids: torch.Tensor,
     *,
     window_size: int,
+    scorers: Collection[Scorer] = (),
     attention_mask: torch.Tensor | None = None,
     past: KVCache | None = None,
     prefill_chunk_tokens: int | None = None,
@@ -71,7 +73,10 @@ def run_prefill(
     Args:
         model: A transformers decoder.
         input_ids: ``(batch, seq_len)`` int64, at least one token each.
-        window_size: Tokens whose queries are kept.
+        window_size: Tokens whose queries are kept: the largest window of the policies to come.
+        scorers: Those of the policies to come. ``heavy_hitter`` and ``expected_attention`` watch
+            the forward passes, which costs time, and must be named; ``reconstruction`` needs
+            :func:`reconstruct` afterwards; the others need nothing.
         attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
         past: The sequence's earlier KV, for a batch of one without padding; it is extended.
         prefill_chunk_tokens: Tokens in one forward pass at most; all at once if ``None``.
@@ -79,8 +84,8 @@ def run_prefill(
         before_chunk: Called before each forward pass. What it raises ends the prefill.
 
     Raises:
-        InvalidInputError: Shapes do not fit, a row is empty, padding is not on the left, or a size
-            is less than 1.
+        InvalidInputError: Shapes do not fit, a row is empty, padding is not on the left, a size is
+            less than 1, or a scorer cannot watch this model.
     """
     if window_size < 1 or (prefill_chunk_tokens is not None and prefill_chunk_tokens < 1):
         raise InvalidInputError(
@@ -98,7 +103,14 @@ def run_prefill(
     padding = seq_len - torch.tensor(num_tokens, device=input_ids.device)
     positions = torch.arange(seq_len, device=input_ids.device) - padding[:, None]
     positions = positions.clamp(min=0) + first_token  # (batch, seq_len)
-    probe = QueryProbe(window_size)
+    span = ObservedSpan(
+        layers=frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, KeptLayer)),
+        first_token=first_token,
+        num_tokens=seq_len,
+        num_padding=padding,
+    )
+    probe, watching = QueryProbe(window_size), observers(model, scorers, span)
+    probes = Probes((probe, *watching.values()))
     with observable(model):
         for start in range(0, seq_len, prefill_chunk_tokens or seq_len):
             before_chunk()
@@ -110,7 +122,7 @@ def run_prefill(
                 position_ids=positions[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
-                **{PROBE_ARGUMENT: probe},
+                **{PROBE_ARGUMENT: probes},
             )
     return Prefilled(
         cache=cache,
@@ -118,6 +130,7 @@ def run_prefill(
         first_token=first_token,
         num_tokens=num_tokens,
         fingerprint=model_fingerprint(model) if fingerprint is None else fingerprint,
+        observed={scorer: observer.scores(cache) for scorer, observer in watching.items()},
     )
 
 

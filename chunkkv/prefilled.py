@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from chunkkv.attention import QueryProbe
 from chunkkv.cache import KVCache
+from chunkkv.policy import Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class Prefilled:
         first_token: Position of the span's first token (0 unless there is a prefix).
         num_tokens: For each row, tokens of the span; shorter rows are padded on the left.
         fingerprint: Of the model.
-        reconstruction: By index of each full-attention layer: the most attention that a token
-            received while the text was repeated, ``(batch, num_kv_heads, longest)`` float32;
-            ``None`` if it was not.
+        observed: Scores that only a running model gives, by their scorer, then by index of each
+            full-attention layer: ``(batch, num_kv_heads, longest)`` float32, padding 0. Holds what
+            the prefill was asked to observe, and ``reconstruction`` once the text was repeated.
     """
 
     cache: KVCache
@@ -30,7 +32,7 @@ class Prefilled:
     first_token: int
     num_tokens: tuple[int, ...]
     fingerprint: str
-    reconstruction: dict[int, torch.Tensor] | None = None
+    observed: Mapping[Scorer, Mapping[int, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:

@@ -5,25 +5,55 @@ Knows nothing of budgets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Collection
+from typing import Any, Final
 
 import torch
 
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import key_diff, reconstruction, window
+from chunkkv.scoring import key_diff, key_norm, observed, recency, reconstruction, window
+from chunkkv.scoring.expected_attention import ExpectedAttention
+from chunkkv.scoring.heavy_hitter import HeavyHitters
 from chunkkv.scoring.key_diff import key_diff_scores
+from chunkkv.scoring.observed import ObservedSpan, Observer
 from chunkkv.scoring.reconstruction import reconstruct
+from chunkkv.scoring.rotary import Rotary
 from chunkkv.scoring.window import window_scores
 
-__all__ = ["key_diff_scores", "layer_scores", "reconstruct", "window_scores"]
+__all__ = [
+    "ObservedSpan",
+    "key_diff_scores",
+    "layer_scores",
+    "observers",
+    "reconstruct",
+    "window_scores",
+]
 
 _SCORERS: Final[dict[Scorer, Callable[[Prefilled, CompressionPolicy, int], torch.Tensor]]] = {
     "window": window.score_layer,
     "reconstruction": reconstruction.score_layer,
     "key_diff": key_diff.score_layer,
+    "heavy_hitter": observed.score_layer,
+    "recency": recency.score_layer,
+    "expected_attention": observed.score_layer,
+    "key_norm": key_norm.score_layer,
 }
+_OBSERVERS: Final[dict[Scorer, Callable[[Any, ObservedSpan], Observer]]] = {
+    "heavy_hitter": lambda model, span: HeavyHitters(span),
+    "expected_attention": lambda model, span: ExpectedAttention(span, Rotary.of(model)),
+}
+
+
+def observers(
+    model: Any, scorers: Collection[Scorer], span: ObservedSpan
+) -> dict[Scorer, Observer]:
+    """Return those of the scorers that must watch the model run over ``span``.
+
+    Raises:
+        InvalidInputError: One of them cannot watch this model.
+    """
+    return {name: make(model, span) for name, make in _OBSERVERS.items() if name in scorers}
 
 
 def layer_scores(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> torch.Tensor:

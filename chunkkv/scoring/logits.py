@@ -39,6 +39,22 @@ def attention_logits(
     return logits
 
 
+def attention_paid(
+    queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Return ``(batch, num_kv_heads, seq_len)``: what each key gets of all queries together.
+
+    Arguments are those of ``attention_logits``. A query that sees nothing pays nothing.
+    """
+    attention = attention_logits(queries, keys, visible, softcap).softmax(dim=-1)
+    # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
+    # an overflow must be seen.
+    is_padding = ~visible.any(dim=-1)  # (batch or 1, q_len)
+    if is_padding.any():
+        attention.masked_fill_(is_padding[:, None, None, :, None], 0.0)
+    return attention.sum(dim=(2, 3))
+
+
 def visible_keys(
     q_len: int, seq_len: int, num_padding: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from chunkkv.attention import PROBE_ARGUMENT, observable
+from chunkkv.attention import PROBE_ARGUMENT, observable, scaling_of
 from chunkkv.cache import KeptLayer
 from chunkkv.errors import InvalidInputError
 from chunkkv.policy import CompressionPolicy
@@ -80,7 +80,7 @@ def reconstruct(
                     use_cache=True,
                     **{PROBE_ARGUMENT: probe},
                 )
-    return replace(prefilled, reconstruction=probe.scores)
+    return replace(prefilled, observed={**prefilled.observed, "reconstruction": probe.scores})
 
 
 def most_attention(
@@ -131,9 +131,9 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
     Raises:
         InvalidInputError: The text was not repeated.
     """
-    if prefilled.reconstruction is None:
+    if "reconstruction" not in prefilled.observed:
         raise InvalidInputError("the text was not repeated; call reconstruct after the prefill")
-    return prefilled.reconstruction[layer]
+    return prefilled.observed["reconstruction"][layer]
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class ReconstructionProbe:
         most = most_attention(
             queries,
             keys,
-            scaling=queries.shape[-1] ** -0.5 if scaling is None else scaling,
+            scaling=scaling_of(queries, scaling),
             softcap=softcap,
             num_padding=self.num_padding,
             num_queries=self.num_queries,

@@ -6,11 +6,12 @@ Sees the question if the text ends in it. Costs no forward pass.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from chunkkv.errors import InvalidInputError
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_logits, by_kv_head, visible_keys
+from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_paid, by_kv_head, visible_keys
 
 
 def window_scores(
@@ -49,13 +50,51 @@ def window_scores(
     scores = torch.zeros(batch, num_kv_heads, seq_len, device=keys.device)
     for start in range(0, window, QUERIES_AT_ONCE):
         asking = slice(start, start + QUERIES_AT_ONCE)
-        scores += _attention_paid(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
+        scores += attention_paid(grouped[:, :, :, asking], keys, visible[:, asking], softcap)
     num_voters = visible.any(dim=-1).sum(dim=-1)[:, None, None] * grouped.shape[2]
     return scores / num_voters
 
 
+def pooled(
+    scores: torch.Tensor, pool_size: int, *, window_size: int, num_padding: torch.Tensor
+) -> torch.Tensor:
+    """Return each score averaged with its neighbours', the window's own as they are.
+
+    Neighbours are the ``pool_size // 2`` tokens on either side, as far as they belong to the span
+    and lie before the window; those that are missing count as 0.
+
+    Args:
+        scores: ``(batch, num_kv_heads, seq_len)`` float32 of one span, padding 0.
+        pool_size: Tokens to average over, odd; 1 leaves the scores as they are.
+        window_size: Trailing tokens that are neither averaged nor anyone's neighbours.
+        num_padding: ``(batch,)``: leading positions of each row that are padding.
+
+    Returns:
+        The same shape and dtype. Padding has score 0.
+
+    Source: SnapKV (https://arxiv.org/abs/2404.14469), Listing 1, with average pooling, a stride of
+    1 and zeros beyond the edges, as kvpress has it. One deviation: pooled after the mean over the
+    query heads of a KV head, which is the same, as both are linear.
+    """
+    num_pooled = scores.shape[-1] - window_size
+    if pool_size == 1 or num_pooled < 1:
+        return scores
+    # Differences of running sums, so that the time does not depend on the size of the pool; in
+    # float64, where what they lose is far below float32's own rounding.
+    sums = F.pad(scores[..., :num_pooled].double().cumsum(dim=-1), (1, 0))
+    order = torch.arange(num_pooled, device=scores.device)
+    reach = min(pool_size // 2, num_pooled)
+    until, since = (order + reach + 1).clamp(max=num_pooled), (order - reach).clamp(min=0)
+    means = ((sums[..., until] - sums[..., since]) / pool_size).to(scores.dtype)
+    is_padding = order < num_padding.to(scores.device)[:, None]  # (batch, num_pooled)
+    means = means.masked_fill(is_padding[:, None], 0.0)
+    return torch.cat([means, scores[..., num_pooled:]], dim=-1)
+
+
 def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> torch.Tensor:
     """Return the window scores of one layer's span; see ``chunkkv.scoring.layer_scores``.
+
+    Pooled if the policy says so.
 
     Raises:
         InvalidInputError: The probe saw no queries of the layer, or too few for the policy's
@@ -76,17 +115,9 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
         softcap=probe.softcap[layer],
         num_padding=padding if padding.any() else None,
     )
-    return scores[..., -prefilled.longest :]
-
-
-def _attention_paid(
-    queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
-    """Return ``(batch, num_kv_heads, seq_len)``: what each key gets of all queries together."""
-    attention = attention_logits(queries, keys, visible, softcap).softmax(dim=-1)
-    # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
-    # an overflow must be seen.
-    is_padding = ~visible.any(dim=-1)  # (batch or 1, window)
-    if is_padding.any():
-        attention.masked_fill_(is_padding[:, None, None, :, None], 0.0)
-    return attention.sum(dim=(2, 3))
+    return pooled(
+        scores[..., -prefilled.longest :],
+        policy.pool_size,
+        window_size=policy.window_size,
+        num_padding=padding,
+    )

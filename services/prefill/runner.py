@@ -26,7 +26,7 @@ class RunResult:
 
     Attributes:
         kv: What was kept of its new tokens.
-        prefill_ms: Milliseconds of forward passes.
+        prefill_ms: Milliseconds of forward passes, with what a scorer does that watches them.
         compression_ms: Milliseconds to score, by a second pass if the scorer needs one, select and
             gather.
     """
@@ -127,6 +127,7 @@ class PrefillRunner:
                 model,
                 input_ids,
                 window_size=1 if policy is None else policy.window_size,
+                scorers=() if policy is None else (policy.scorer,),
                 past=past,
                 prefill_chunk_tokens=self._chunk_tokens,
                 fingerprint=self._loaded.fingerprint,

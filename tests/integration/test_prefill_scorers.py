@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from tiny_model import load_tiny
 
 import chunkkv
+from chunkkv.policy import Scorer
 from chunkkv.scoring.reconstruction import REPEATED_TOKENS
 from services.prefill import runner as prefill_runner
 from services.prefill.runner import PrefillRunner
@@ -19,7 +20,7 @@ IDS = [1 + i * 7 % 250 for i in range(60)]
 SMALL: dict[str, Any] = {"keep_ratio": 0.5, "chunk_size": 4, "window_size": 4}
 
 
-@pytest.mark.parametrize("scorer", ["window", "reconstruction", "key_diff"])
+@pytest.mark.parametrize("scorer", get_args(Scorer))
 async def test_segments_are_what_the_library_computes(scorer: Any):
     loaded = load_tiny()
     runner = PrefillRunner(loaded, prefill_chunk_tokens=len(IDS), queue_size=0)
@@ -35,7 +36,13 @@ async def test_segments_are_what_the_library_computes(scorer: Any):
 
 @pytest.mark.parametrize(
     ("scorer", "prefill_ms", "compression_ms"),
-    [("window", 4000, 0), ("reconstruction", 4000, 1000), ("key_diff", 4000, 0)],
+    [
+        ("window", 4000, 0),
+        ("reconstruction", 4000, 1000),
+        ("key_diff", 4000, 0),
+        ("heavy_hitter", 4000, 0),
+        ("expected_attention", 4000, 0),
+    ],
 )
 async def test_repetition_is_time_of_compression(
     scorer: Any, prefill_ms: float, compression_ms: float, monkeypatch: pytest.MonkeyPatch

@@ -1,8 +1,9 @@
-"""Every scorer through the whole library; ``key_diff`` against explicit loops."""
+"""Every scorer through the whole library; those that need no query against explicit loops."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,8 @@ import chunkkv
 from chunkkv import CompressionPolicy, InvalidInputError, KVCache, key_diff_scores
 from chunkkv.policy import Scorer
 from chunkkv.scoring import layer_scores
+from chunkkv.scoring.key_norm import key_norm_scores
+from chunkkv.scoring.recency import recency_scores
 
 SCORERS = get_args(Scorer)
 SCOPES = ("head", "layer", "group", "global")
@@ -30,9 +33,29 @@ def slow_key_diff(keys: torch.Tensor) -> torch.Tensor:
     return torch.tensor([1 - cosine for cosine in cosines], dtype=torch.float64)
 
 
+def slow_key_norm(keys: torch.Tensor) -> torch.Tensor:
+    """Return the scores of one head ``(seq_len, head_dim)``, one key at a time."""
+    return torch.tensor(
+        [1 / (1 + math.hypot(*key)) for key in keys.double().tolist()], dtype=torch.float64
+    )
+
+
+def slow_recency(keys: torch.Tensor) -> torch.Tensor:
+    """Return the scores of one head ``(seq_len, head_dim)``, one key at a time."""
+    return torch.tensor([(i + 1) / len(keys) for i in range(len(keys))], dtype=torch.float64)
+
+
+SLOW: dict[Scorer, Callable[[torch.Tensor], torch.Tensor]] = {
+    "key_diff": slow_key_diff,
+    "key_norm": slow_key_norm,
+    "recency": slow_recency,
+}
+
+
 @pytest.mark.parametrize("piece", [None, 9], ids=["whole", "in-pieces"])
+@pytest.mark.parametrize("scorer", SLOW)
 @pytest.mark.parametrize("family", [*FULL_ATTENTION_FAMILIES, "gemma3"])
-def test_key_diff_equals_the_slow_reference(family: str, piece: int | None):
+def test_scores_equal_the_slow_reference(family: str, scorer: Scorer, piece: int | None):
     ids, mask = prompts(*LENGTHS)
     prefilled = chunkkv.run_prefill(
         tiny_model(family), ids, window_size=8, attention_mask=mask, prefill_chunk_tokens=piece
@@ -41,7 +64,7 @@ def test_key_diff_equals_the_slow_reference(family: str, piece: int | None):
     for index, layer in enumerate(prefilled.cache.layers):
         if layer.is_sliding:
             continue
-        scores = layer_scores(prefilled, CompressionPolicy(scorer="key_diff"), index)
+        scores = layer_scores(prefilled, CompressionPolicy(scorer=scorer), index)
         assert scores.shape == (2, 2, 60)
         assert scores.dtype == torch.float32
         for row, length in enumerate(LENGTHS):
@@ -49,14 +72,15 @@ def test_key_diff_equals_the_slow_reference(family: str, piece: int | None):
             for head in range(2):
                 torch.testing.assert_close(
                     scores[row, head, -length:].double(),
-                    slow_key_diff(layer.keys[row, head, -length:]),
+                    SLOW[scorer](layer.keys[row, head, -length:]),
                     atol=1e-5,
                     rtol=0,
                 )
 
 
+@pytest.mark.parametrize("scorer", SLOW)
 @pytest.mark.parametrize("family", FULL_ATTENTION_FAMILIES)
-def test_key_diff_compares_with_the_spans_own_keys_only(family: str):
+def test_keys_are_compared_with_the_spans_own_only(family: str, scorer: Scorer):
     model = tiny_model(family)
     ids, _ = prompts(60)
     first = chunkkv.prefill(model, ids[:, :30], CompressionPolicy(**SMALL))
@@ -65,28 +89,85 @@ def test_key_diff_compares_with_the_spans_own_keys_only(family: str):
     prefilled = chunkkv.run_prefill(model, ids[:, 30:], window_size=8, past=past)
 
     for index, layer in enumerate(past.layers):
-        scores = layer_scores(prefilled, CompressionPolicy(scorer="key_diff"), index)
-        expected = torch.stack([slow_key_diff(keys) for keys in layer.keys[0, :, -30:]])
+        scores = layer_scores(prefilled, CompressionPolicy(scorer=scorer), index)
+        expected = torch.stack([SLOW[scorer](keys) for keys in layer.keys[0, :, -30:]])
         torch.testing.assert_close(scores[0].double(), expected, atol=1e-5, rtol=0)
 
 
-def test_padding_of_key_diff_may_hold_anything():
+@pytest.mark.parametrize("score", [key_diff_scores, key_norm_scores])
+def test_padding_may_hold_anything(score: Any):
     keys = torch.randn(2, 3, 20, 8, generator=torch.Generator().manual_seed(0))
-    expected = key_diff_scores(keys[1:, :, 6:])
+    expected = score(keys[1:, :, 6:])
     keys[1, :, :6] = math.nan
 
-    scores = key_diff_scores(keys, num_padding=torch.tensor([0, 6]))
+    scores = score(keys, num_padding=torch.tensor([0, 6]))
 
     torch.testing.assert_close(scores[1:, :, 6:], expected, atol=1e-6, rtol=0)
     assert (scores[1, :, :6] == 0).all()
 
 
-def test_key_that_overflowed_is_refused():
+@pytest.mark.parametrize("scorer", ["key_diff", "key_norm"])
+def test_key_that_overflowed_is_refused(scorer: Scorer):
     prefilled = chunkkv.run_prefill(tiny_model(), prompts(30)[0], window_size=8)
     prefilled.cache.layers[2].keys[0, 0, 4] = torch.inf
 
     with pytest.raises(InvalidInputError, match="scores are not finite"):
-        chunkkv.compress(prefilled, CompressionPolicy(scorer="key_diff", **SMALL))
+        chunkkv.compress(prefilled, CompressionPolicy(scorer=scorer, **SMALL))
+
+
+def test_key_of_norm_zero_has_the_highest_score():
+    keys = torch.tensor([[[[3.0, 4.0], [0.0, 0.0], [0.0, 1.0]]]])
+
+    assert key_norm_scores(keys)[0, 0].tolist() == pytest.approx([1 / 6, 1, 1 / 2])
+
+
+def test_recency_rises_strictly_over_a_long_text():
+    scores = recency_scores(torch.tensor([1_000_000]), 1_000_000)
+
+    assert (scores.diff() > 0).all()
+    assert float(scores.min()) > 0
+    assert float(scores.max()) == 1
+
+
+def test_recency_keeps_sinks_and_the_most_recent_tokens():
+    policy = CompressionPolicy(
+        scorer="recency", unit="token", max_kept_tokens=20, window_size=1, sink_tokens=4
+    )
+
+    [span] = chunkkv.prefill(tiny_model(), prompts(60)[0], policy)
+
+    for layer in span.layers:
+        assert layer.positions.tolist() == [*range(4), *range(44, 60)]
+
+
+def test_one_prefill_serves_policies_of_all_scorers():
+    model = tiny_model()
+    ids, mask = prompts(*LENGTHS)
+
+    prefilled = chunkkv.run_prefill(
+        model, ids, window_size=8, scorers=SCORERS, attention_mask=mask, prefill_chunk_tokens=16
+    )
+    prefilled = chunkkv.reconstruct(model, prefilled, ids)
+
+    for scorer in SCORERS:
+        policy = CompressionPolicy(scorer=scorer, **SMALL)
+        alone = chunkkv.prefill(model, ids, policy, attention_mask=mask, prefill_chunk_tokens=16)
+        for mine, its in zip(chunkkv.compress(prefilled, policy), alone, strict=True):
+            assert torch.equal(mine.memory, its.memory)
+
+
+def test_watching_scorers_change_nothing_of_what_is_cached():
+    model = tiny_model()
+    ids, mask = prompts(*LENGTHS)
+
+    plain, watched = (
+        chunkkv.run_prefill(model, ids, window_size=8, scorers=scorers, attention_mask=mask).cache
+        for scorers in ((), SCORERS)
+    )
+
+    for mine, its in zip(plain.layers, watched.layers, strict=True):
+        assert torch.equal(mine.keys, its.keys)
+        assert torch.equal(mine.values, its.values)
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -1,4 +1,4 @@
-"""Window scores against explicit loops."""
+"""Window scores, plain and pooled, against explicit loops."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from models import FAMILIES, prompts, tiny_model
 
-from chunkkv import window_scores
+import chunkkv
+from chunkkv import CompressionPolicy, KVCache, window_scores
+from chunkkv.scoring import layer_scores
+from chunkkv.scoring.window import pooled
 
 SCALING = 0.3
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -155,3 +159,81 @@ def test_long_window_is_the_mean_of_its_queries():
         [torch.nn.functional.pad(block, (0, 400 - block.shape[-1])) for block in blocks]
     ).mean(dim=0)
     torch.testing.assert_close(scores, expected, atol=1e-6, rtol=0)
+
+
+def slow_pooled(scores: list[float], pool_size: int, window: int) -> list[float]:
+    """Return one row's scores ``(num_tokens,)``, one average at a time."""
+    before, own = scores[:-window], scores[-window:]
+    reach = pool_size // 2
+    means = [sum(before[max(i - reach, 0) : i + reach + 1]) / pool_size for i in range(len(before))]
+    return means + own
+
+
+@pytest.mark.parametrize("window", [1, 8, 60, 80])
+@pytest.mark.parametrize("pool_size", [1, 3, 7, 61, 10**9 + 1])
+def test_pooled_scores_equal_the_slow_reference(pool_size: int, window: int):
+    scores = torch.rand(2, 3, 60, generator=torch.Generator().manual_seed(0))
+    lengths = (60, 37)
+    scores[1, :, :-37] = 0
+
+    found = pooled(scores, pool_size, window_size=window, num_padding=torch.tensor([0, 23]))
+
+    assert found.dtype == torch.float32
+    assert (found >= 0).all()
+    for row, length in enumerate(lengths):
+        assert (found[row, :, :-length] == 0).all(), "padding"
+        for head in range(3):
+            expected = slow_pooled(scores[row, head, -length:].tolist(), pool_size, window)
+            assert found[row, head, -length:].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_pooling_equals_average_pooling_with_zeros_beyond_the_edges():
+    scores = torch.rand(1, 2, 60, generator=torch.Generator().manual_seed(0))
+
+    found = pooled(scores, 5, window_size=8, num_padding=torch.tensor([0]))
+
+    expected = torch.nn.functional.avg_pool1d(scores[..., :-8], 5, stride=1, padding=2)
+    torch.testing.assert_close(found[..., :-8], expected, atol=1e-7, rtol=0)
+    assert torch.equal(found[..., -8:], scores[..., -8:])
+
+
+@pytest.mark.parametrize("piece", [None, 9], ids=["whole", "in-pieces"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_policy_pools_the_spans_own_scores(family: str, piece: int | None):
+    model, (ids, _) = tiny_model(family), prompts(100)
+    policy = CompressionPolicy(window_size=8, pool_size=5)
+    [first] = chunkkv.prefill(model, ids[:, :40], policy)
+    prefilled = chunkkv.run_prefill(
+        model,
+        ids[:, 40:],
+        window_size=8,
+        past=KVCache.from_segments(model.config, [first]),
+        prefill_chunk_tokens=piece,
+    )
+
+    for index, layer in enumerate(prefilled.cache.layers):
+        if layer.is_sliding:
+            continue
+        plain = layer_scores(prefilled, CompressionPolicy(window_size=8), index)
+        found = layer_scores(prefilled, policy, index)
+        assert found.shape == (1, 2, 60)
+        for head in range(2):
+            expected = slow_pooled(plain[0, head].tolist(), 5, 8)
+            assert found[0, head].tolist() == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pooled_rows_are_compressed_as_alone(family: str):
+    model, (ids, mask) = tiny_model(family), prompts(60, 37)
+    policy = CompressionPolicy(
+        keep_ratio=0.5, chunk_size=5, window_size=8, pool_size=7, scope="head"
+    )
+
+    together = chunkkv.prefill(model, ids, policy, attention_mask=mask)
+
+    for row, length in enumerate((60, 37)):
+        [alone] = chunkkv.prefill(model, ids[row : row + 1, -length:], policy)
+        for mine, its in zip(together[row].layers, alone.layers, strict=True):
+            assert mine.is_sliding or mine.lengths == (length // 2,) * 2
+            assert torch.equal(mine.positions, its.positions)
+            torch.testing.assert_close(mine.scores, its.scores, atol=1e-4, rtol=1e-4)
