@@ -75,9 +75,7 @@ def rouge_l(answer: str, reference: str) -> float:
     of both texts. Deviation: no 1e-8 in the denominator, so that equal texts have exactly 1.
     """
     answers, references = _rouge_sentences(answer), _rouge_sentences(reference)
-    common = {
-        word for one in references for other in answers for word in _common_words(one, other)
-    }
+    common = {word for one in references for other in answers for word in _common_words(one, other)}
     if not common:
         return 0.0
     precision = len(common) / len({word for sentence in answers for word in sentence})
@@ -119,7 +117,8 @@ def code_similarity(answer: str, reference: str) -> float:
 
 
 def _rouge_sentences(text: str) -> list[list[str]]:
-    return [words for sentence in text.split(".") if (words := sentence.split())]
+    # White space between two full stops is one empty word in the package, and so it is here.
+    return [sentence.split() or [""] for sentence in text.split(".") if sentence]
 
 
 def _common_words(one: Sequence[str], other: Sequence[str]) -> list[str]:

@@ -22,7 +22,8 @@ _KINDS = (
     "amber", "brass", "copper", "golden", "green", "grey", "iron", "ivory", "oak", "silver",
 )  # fmt: skip
 _PLACES = (
-    "archive", "cabin", "cabinet", "cellar", "chest", "garage", "kitchen", "office", "shed", "vault",
+    "archive", "cabin", "cabinet", "cellar", "chest", "garage", "kitchen", "office", "shed",
+    "vault",
 )  # fmt: skip
 
 
@@ -42,17 +43,19 @@ class MultiKeyTask:
     num_questions: int = 4
     num_digits: int = 7
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_questions <= self.num_keys <= len(_KINDS) * len(_PLACES):
+            raise InvalidInputError(
+                f"num_questions={self.num_questions}, num_keys={self.num_keys}; "
+                f"1 <= num_questions <= num_keys <= {len(_KINDS) * len(_PLACES)}"
+            )
+
     @property
     def name(self) -> str:
         return "multi-key"
 
     def samples(self, tokenizer: Any, *, seed: int, num_samples: int) -> Iterator[Sample]:
         """See ``Task.samples``."""
-        if not 1 <= self.num_questions <= self.num_keys <= len(_KINDS) * len(_PLACES):
-            raise InvalidInputError(
-                f"num_questions={self.num_questions}, num_keys={self.num_keys}; "
-                f"1 <= num_questions <= num_keys <= {len(_KINDS) * len(_PLACES)}"
-            )
         for index in range(num_samples):
             rng = sample_rng(seed, index, self)
             side = math.ceil(math.sqrt(self.num_keys))
@@ -96,17 +99,19 @@ class MultiValueTask:
     num_queries: int = 1
     num_digits: int = 7
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_queries <= self.num_keys <= len(_PLACES):
+            raise InvalidInputError(
+                f"num_queries={self.num_queries}, num_keys={self.num_keys}; "
+                f"1 <= num_queries <= num_keys <= {len(_PLACES)}"
+            )
+
     @property
     def name(self) -> str:
         return "multi-value" if self.num_queries == 1 else "multi-query"
 
     def samples(self, tokenizer: Any, *, seed: int, num_samples: int) -> Iterator[Sample]:
         """See ``Task.samples``. ``exact`` wants all values asked for and no other one."""
-        if not 1 <= self.num_queries <= self.num_keys <= len(_PLACES):
-            raise InvalidInputError(
-                f"num_queries={self.num_queries}, num_keys={self.num_keys}; "
-                f"1 <= num_queries <= num_keys <= {len(_PLACES)}"
-            )
         for index in range(num_samples):
             rng = sample_rng(seed, index, self)
             keys = rng.sample(_PLACES, self.num_keys)

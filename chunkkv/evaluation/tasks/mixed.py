@@ -34,17 +34,19 @@ class MixedQuestionsTask:
     num_codes: int = 3
     num_members: int = 3
 
+    def __post_init__(self) -> None:
+        if not (2 <= self.num_codes <= 9 and 2 <= self.num_members <= 4):
+            raise InvalidInputError(
+                f"num_codes={self.num_codes} is not in [2, 9] or "
+                f"num_members={self.num_members} not in [2, 4]"
+            )
+
     @property
     def name(self) -> str:
         return "mixed"
 
     def samples(self, tokenizer: Any, *, seed: int, num_samples: int) -> Iterator[Sample]:
         """See ``Task.samples``. ``kind`` of a question says which it is."""
-        if not (2 <= self.num_codes <= 9 and 2 <= self.num_members <= 4):
-            raise InvalidInputError(
-                f"num_codes={self.num_codes} is not in [2, 9] or "
-                f"num_members={self.num_members} not in [2, 4]"
-            )
         for index in range(num_samples):
             rng = sample_rng(seed, index, self)
             sentences: list[str] = []

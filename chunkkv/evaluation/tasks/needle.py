@@ -27,14 +27,16 @@ class NeedleTask:
     num_needles: int = 10
     num_digits: int = 7
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_needles <= len(THINGS):
+            raise InvalidInputError(f"num_needles={self.num_needles} is not in [1, {len(THINGS)}]")
+
     @property
     def name(self) -> str:
         return "needle"
 
     def samples(self, tokenizer: Any, *, seed: int, num_samples: int) -> Iterator[Sample]:
         """See ``Task.samples``."""
-        if not 1 <= self.num_needles <= len(THINGS):
-            raise InvalidInputError(f"num_needles={self.num_needles} is not in [1, {len(THINGS)}]")
         for index in range(num_samples):
             rng = sample_rng(seed, index, self)
             things = rng.sample(THINGS, self.num_needles)
@@ -69,6 +71,12 @@ class NeedleGridTask:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_digits: int = 7
 
+    def __post_init__(self) -> None:
+        if not (self.lengths and self.depths and all(0 <= depth <= 1 for depth in self.depths)):
+            raise InvalidInputError(
+                f"lengths={self.lengths}, depths={self.depths}; depths are in [0, 1], none is empty"
+            )
+
     @property
     def name(self) -> str:
         return "needle-grid"
@@ -87,9 +95,7 @@ class NeedleGridTask:
             rng = sample_rng(seed, number, self.num_digits)
             [answer] = distinct_numbers(rng, 1, num_digits=self.num_digits)
             needle = needle_about(rng.choice(THINGS), answer)
-            document = hide(
-                tokenizer, rng, [needle.sentence], num_tokens=length, depths=[depth]
-            )
+            document = hide(tokenizer, rng, [needle.sentence], num_tokens=length, depths=[depth])
             yield Sample(
                 task=self.name,
                 sample_id=f"needle-grid/tokens={length}/depth={depth}"

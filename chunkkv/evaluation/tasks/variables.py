@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from chunkkv.errors import InvalidInputError
 from chunkkv.evaluation.tasks.base import Question, Sample
 from chunkkv.evaluation.tasks.documents import distinct_numbers, hide, sample_rng
 
@@ -30,6 +31,12 @@ class VariableTrackingTask:
     num_tokens: int = 1000
     num_chains: int = 2
     num_hops: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_chains < 1 or self.num_hops < 0:
+            raise InvalidInputError(
+                f"num_chains={self.num_chains}, num_hops={self.num_hops}; at least 1 and 0"
+            )
 
     @property
     def name(self) -> str:
