@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -148,6 +149,7 @@ class _Continuation:
         keys: torch.Tensor,
         **more: Any,
     ) -> None:
+        """Take what one layer computed in the pass over the second part."""
         self.queries.observe(layer, queries, scaling, softcap)
         self.keys[layer] = keys[0]
 
@@ -271,8 +273,8 @@ def jaccard(masks: Sequence[torch.Tensor]) -> float:
     """
     if len(masks) < 2:
         return 1.0
-    both = torch.stack([(a & b).sum(dim=-1) for a, b in zip(masks, masks[1:], strict=False)])
-    any_ = torch.stack([(a | b).sum(dim=-1) for a, b in zip(masks, masks[1:], strict=False)])
+    both = torch.stack([(a & b).sum(dim=-1) for a, b in pairwise(masks)])
+    any_ = torch.stack([(a | b).sum(dim=-1) for a, b in pairwise(masks)])
     return float((both / any_.clamp(min=1)).mean())
 
 

@@ -16,12 +16,14 @@ import matplotlib as mpl
 from chunkkv.evaluation.methods import FULL
 from chunkkv.evaluation.records import Record
 from chunkkv.evaluation.report import Summary, summarize
+from chunkkv.evaluation.tune import Curve, Tuned
 from chunkkv.presets import PRESETS
 
 mpl.use("Agg")
 
 from matplotlib import pyplot as plt  # after the choice of a backend
 
+_SHARES: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _INK: Final = "#333333"
 _QUIET: Final = "#8a8a8a"
 _COLORS: Final = (
@@ -120,8 +122,7 @@ def _ratio_axis(axis: Any, summaries: Sequence[Summary], against: str) -> None:
         axis.set_xlabel("share of tokens kept")
     else:
         shares = [s.stored_share for s in summaries if s.method != FULL] or [1.0]
-        steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-        ratios = [step for step in steps if min(shares) / 2 <= step <= max(shares) * 2]
+        ratios = [step for step in _SHARES if min(shares) / 2 <= step <= max(shares) * 2]
         axis.set_xlabel("stored bytes, share of the full cache")
     axis.set_xticks(
         ratios, [f"{ratio:.0%}" if ratio >= 0.01 else f"{ratio:.1%}" for ratio in ratios]
@@ -222,3 +223,43 @@ def _look(name: str, names: Sequence[str]) -> tuple[str, str]:
     known = list(PRESETS)
     place = known.index(name) if name in known else len(known) + list(names).index(name)
     return _COLORS[place % len(_COLORS)], _MARKERS[(place + place // 12) % len(_MARKERS)]
+
+
+def write_curve(path: Path, outcome: Tuned, target: float) -> None:
+    """Draw what ``tune`` measured: all curves faintly, the best one and the point chosen on it."""
+    with mpl.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 4.2))
+        for curve in outcome.curves:
+            if curve is not outcome.best:
+                axis.plot(*_line(curve), color="#d0d0d0", linewidth=0.9, zorder=1)
+        axis.plot(*_line(outcome.best), color=_COLORS[0], marker="o", markersize=4.5, zorder=3)
+        axis.axhline(target, color=_QUIET, linewidth=1, linestyle="--", zorder=2)
+        chosen = outcome.chosen.fidelity
+        axis.plot(
+            [chosen.stored_share], [chosen.agreement], color=_COLORS[1], marker="o", markersize=9,
+            zorder=4,
+        )  # fmt: skip
+        axis.annotate(
+            f"{outcome.chosen.policy.keep_ratio:.3g} kept",
+            (chosen.stored_share, chosen.agreement),
+            xytext=(8, -14),
+            textcoords="offset points",
+        )
+        shares = [s for curve in outcome.curves for s in _line(curve)[0]]
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.set_xscale("log")
+        steps = [s for s in _SHARES if min(shares) / 1.3 <= s <= max(shares) * 1.3]
+        axis.set_xticks(steps, [f"{100 * s:.3g} %" for s in steps])
+        axis.minorticks_off()
+        axis.set_xlabel("stored bytes, share of the full cache")
+        axis.set_ylabel("next tokens that stay the same")
+        axis.set_title(f"{len(outcome.curves)} candidates; target {target:.3g}")
+        figure.set_layout_engine("constrained")
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+
+
+def _line(curve: Curve) -> tuple[list[float], list[float]]:
+    found = [point.fidelity for point in curve.points]
+    return [f.stored_share for f in found], [f.agreement for f in found]
