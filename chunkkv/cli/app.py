@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from chunkkv.cli import measures, tables, tuning
+from chunkkv.cli.models import NOTES
 from chunkkv.errors import ChunkKVError
 
 
@@ -19,9 +19,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (ChunkKVError, OSError) as error:
-            Console(stderr=True).print(
-                f"error: {error}", style="red", markup=False, highlight=False
-            )
+            NOTES.print(f"error: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
 
 

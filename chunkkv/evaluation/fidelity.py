@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 
 from chunkkv.attention import PROBE_ARGUMENT, QueryProbe, observable
 from chunkkv.cache import KeptLayer
@@ -113,7 +114,7 @@ def reference(
             use_cache=True,
             **{PROBE_ARGUMENT: watching},
         ).logits[0]
-    layers = {
+    layers: dict[int, Any] = {
         index: layer
         for index, layer in enumerate(context.prefilled.cache.layers)
         if isinstance(layer, KeptLayer)
@@ -254,10 +255,11 @@ def restored(span: CompressedKV, layer: int) -> tuple[torch.Tensor, torch.Tensor
     places = held.positions.long() - span.first_token
     if len(places) != sum(held.lengths):  # the heads share them
         places = places.repeat(num_heads)
+    lengths = list(held.lengths)
     rows = zip(
-        places.split(list(held.lengths)),
-        held.keys.split(list(held.lengths)),
-        held.values.split(list(held.lengths)),
+        torch.split(places, lengths),
+        torch.split(held.keys, lengths),
+        torch.split(held.values, lengths),
         strict=True,
     )
     for head, (where, own_keys, own_values) in enumerate(rows):
@@ -305,7 +307,7 @@ def _attention_cosine(
         # A head that kept nothing gives nothing.
         attention = attention.nan_to_num(0.0)
         outputs.append(attention @ some_values.repeat_interleave(group, dim=0))
-    return torch.nn.functional.cosine_similarity(*outputs, dim=-1).float().mean()
+    return F.cosine_similarity(outputs[0], outputs[1], dim=-1).float().mean()
 
 
 def _full_bytes(text: Reference) -> int:

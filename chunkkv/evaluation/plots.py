@@ -31,7 +31,7 @@ _COLORS: Final = (
     "#a5662b", "#e69f00", "#5b6c1d", "#bb0040", "#005f5f", "#9aa31b",
 )  # fmt: skip
 _MARKERS: Final = "osD^vPX<>ph*"
-_STYLE: Final = {
+_STYLE: Final[Any] = {
     "axes.edgecolor": _QUIET,
     "axes.labelcolor": _INK,
     "axes.spines.right": False,
@@ -153,7 +153,7 @@ def _heat_maps(task: str, records: Sequence[Record], *, visible: bool) -> Any:
         sharey=True,
         squeeze=False,
     )
-    image = None
+    image: Any = None
     for axis, name in zip(axes.flat, names, strict=False):
         wanted = [r for r in placed if r.method == name and r.keep_ratio in (ratio, 1.0)]
         image = axis.imshow(

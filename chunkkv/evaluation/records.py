@@ -164,9 +164,12 @@ def _read_records(path: Path) -> dict[Key, Record]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             read = json.loads(line)
-            values = {name: read[name] for name in names}
+            values: dict[str, Any] = {
+                name: tuple(read[name]) if isinstance(read[name], list) else read[name]
+                for name in names
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise ResultsError(f"{path}, line {number}, is damaged: {error}") from error
-        record = Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        record = Record(**values)
         records[record.key] = record
     return records
