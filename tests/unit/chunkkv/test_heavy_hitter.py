@@ -116,8 +116,10 @@ def test_accumulated_attention_equals_explicit_loops(
                 if softcap is not None:
                     logits = [softcap * math.tanh(logit / softcap) for logit in logits]
                 total = sum(math.exp(logit) for logit in logits)
-                for p, logit in enumerate(logits, start=padding[row]):
-                    expected[row, head // group, p] += math.exp(logit) / total / group
+                shares = [math.exp(logit) / total / group for logit in logits]
+                expected[row, head // group, padding[row] : position + 1] += torch.tensor(
+                    shares, dtype=torch.float64
+                )
 
     found = accumulated_attention(
         queries, keys, scaling=0.3, softcap=softcap, num_padding=torch.tensor(padding)
