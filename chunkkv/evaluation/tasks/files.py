@@ -78,8 +78,10 @@ def read_csv(path: Path, columns: Sequence[str], *, source: str) -> list[Record]
                         f"{path}, line {rows.line_num}: not {len(rows.fieldnames or ())} values"
                     )
                 records.append(row)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DatasetError(f"{path}, line {rows.line_num + 1}: {error}") from error
+        except csv.Error as error:
+            raise DatasetError(f"{path}, row from line {rows.line_num + 1}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DatasetError(f"{path} is not UTF-8: {error}") from error
     if not records:
         raise DatasetError(f"{path} has no rows")
     return records
@@ -110,7 +112,7 @@ def json_objects(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
     except json.JSONDecodeError as error:
         raise DatasetError(f"{name}, line {number}: not JSON: {error}") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{name}, after line {number}: not UTF-8") from error
+        raise DatasetError(f"{name} is not UTF-8: {error}") from error
 
 
 def _open(path: Path, source: str, newline: str | None = None) -> Any:
