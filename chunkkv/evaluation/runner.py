@@ -172,7 +172,7 @@ def _answers(
                     span=span,
                     token_ids=prompt.whole(index),
                     max_new_tokens=question.max_new_tokens,
-                    is_complete=_completeness(question, tokenizer),
+                    is_complete=completeness(question, tokenizer),
                 )
                 yield from answering.add(row, like=like)
 
@@ -229,7 +229,7 @@ def _take(
         on_record(record)
 
 
-def _completeness(question: Question, tokenizer: Any) -> Callable[[list[int]], bool]:
+def completeness(question: Question, tokenizer: Any) -> Callable[[list[int]], bool]:
     """Return what says that nothing after the tokens so far would change an answer's score."""
     if question.metric == "digits":
         # The first number counts; what follows it no longer does.
