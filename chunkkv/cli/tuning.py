@@ -21,7 +21,7 @@ from chunkkv.cli.models import (
     read_tokens,
 )
 from chunkkv.evaluation.plots import write_curve
-from chunkkv.evaluation.tune import KEEP_RATIOS, Curve, Tuned
+from chunkkv.evaluation.tune import KEEP_RATIOS, STAGES, Curve, Tuned
 from chunkkv.evaluation.tune import tune as tuned
 from chunkkv.policy_file import write_policy
 
@@ -54,6 +54,7 @@ def tune(
         continuation_tokens=continuation_tokens,
         num_texts=num_texts,
         keep_ratios=keep_ratio or KEEP_RATIOS,
+        stages=STAGES,
         on_curve=lambda curve: NOTES.print(_line(curve, target), highlight=False),
     )
     _print(outcome, target)
