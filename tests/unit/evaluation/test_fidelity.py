@@ -50,6 +50,7 @@ def test_all_kept_changes_nothing(model: Any, text: Reference) -> None:
     assert found.attention_cosine == pytest.approx(1, abs=1e-6)
 
 
+@torch.no_grad()
 def test_next_tokens_are_those_of_reading_one_by_one(model: Any, text: Reference) -> None:
     [found] = measure(model, text, [POLICY])
 
