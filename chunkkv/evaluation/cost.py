@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from chunkkv.codec import encode
+from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.evaluation.contexts import prefill_context
 from chunkkv.policy import CompressionPolicy, Precision
-from chunkkv.quantization import stored_size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,7 @@ def measure_cost(
         costs.append(
             Cost(
                 stored_bytes={
-                    precision: stored_size_bytes(replace(span.shape, precision=precision))
-                    for precision in get_args(Precision)
+                    precision: _stored_bytes(span, precision) for precision in get_args(Precision)
                 },
                 full_bytes=sum(
                     tensor.numel() * tensor.element_size()
@@ -82,6 +82,11 @@ def measure_cost(
             )
         )
     return costs
+
+
+def _stored_bytes(span: CompressedKV, precision: Precision) -> int:
+    changed = CompressedKV(replace(span.shape, precision=precision), span.memory.to("cpu"))
+    return sum(map(len, encode(changed, identity="cost").parts))
 
 
 def _median_ms(action: Callable[[], Any], repeats: int) -> float:

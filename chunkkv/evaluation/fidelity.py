@@ -20,10 +20,9 @@ from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.errors import InvalidInputError
 from chunkkv.evaluation.contexts import Context, prefill_context
-from chunkkv.evaluation.runner import stored_and_opened
+from chunkkv.evaluation.storing import Stored, stored
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefill import generation_inputs
-from chunkkv.quantization import stored_size_bytes
 
 ROWS_AT_ONCE: Final = 8
 
@@ -164,14 +163,17 @@ def measure(model: Any, text: Reference, policies: Sequence[CompressionPolicy]) 
         text: See ``reference``.
         policies: With scorers that were named there.
     """
-    measured = []
+    measured: list[Fidelity] = []
     for start in range(0, len(policies), ROWS_AT_ONCE):
-        spans = [
-            stored_and_opened(compress(text.context.prefilled, policy)[0])
+        kept = [
+            stored(compress(text.context.prefilled, policy)[0], policy)
             for policy in policies[start : start + ROWS_AT_ONCE]
         ]
-        for span, logits in zip(spans, _logits(model, text, spans), strict=True):
-            measured.append(_fidelity(text, span, logits.float().log_softmax(dim=-1)))
+        logits = _logits(model, text, [each.span for each in kept])
+        measured += [
+            _fidelity(text, each, row.float().log_softmax(dim=-1))
+            for each, row in zip(kept, logits, strict=True)
+        ]
     return measured
 
 
@@ -218,13 +220,13 @@ def _logits(model: Any, text: Reference, spans: Sequence[CompressedKV]) -> torch
     return logits
 
 
-def _fidelity(text: Reference, span: CompressedKV, log_probabilities: torch.Tensor) -> Fidelity:
+def _fidelity(text: Reference, held: Stored, log_probabilities: torch.Tensor) -> Fidelity:
     expected = text.log_probabilities
     divergence = (expected.exp() * (expected - log_probabilities)).sum(dim=-1).mean()
     agreement = (expected.argmax(dim=-1) == log_probabilities.argmax(dim=-1)).float().mean()
     losses, cosines, masks = [], [], []
     for layer in text.keys:
-        keys, values, kept = restored(span, layer)
+        keys, values, kept = restored(held.span, layer)
         num_tokens = keys.shape[1]
         full_keys, full_values = text.keys[layer][:, :num_tokens], text.values[layer]
         losses.append(((keys - full_keys).abs().mean() + (values - full_values).abs().mean()) / 2)
@@ -236,7 +238,7 @@ def _fidelity(text: Reference, span: CompressedKV, log_probabilities: torch.Tens
         kl_divergence=max(0.0, float(divergence)),
         agreement=float(agreement),
         layer_jaccard=jaccard(masks),
-        stored_share=stored_size_bytes(span.shape) / _full_bytes(text),
+        stored_share=held.size_bytes / _full_bytes(text),
     )
 
 

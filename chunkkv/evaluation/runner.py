@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chunkkv.codec import decode, encode
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.evaluation.answering import DEFAULT_BATCH_BYTES, Answering, Row
@@ -20,11 +19,11 @@ from chunkkv.evaluation.methods import FULL, Method
 from chunkkv.evaluation.metrics import score
 from chunkkv.evaluation.prompts import Prompt, render
 from chunkkv.evaluation.records import Key, Record, Results
+from chunkkv.evaluation.storing import stored
 from chunkkv.evaluation.tasks.base import Question, Sample
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
-from chunkkv.quantization import stored_size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +160,12 @@ def _answers(
     for prefilled, asked, visible in _prefills(context, prompt, parts):
         for part in visible:
             policy = part.cell.policy(prefilled.longest)
-            span = stored_and_opened(compress(prefilled, policy)[0])
+            kept = stored(compress(prefilled, policy)[0], policy)
+            span = kept.span
             like = (part.cell.keep_ratio, len(prompt.context) // 256, _is_ragged(span))
             for index in asked:
                 part.num_tokens[index] = span.num_tokens
-                part.stored_bytes[index] = stored_size_bytes(span.shape)
+                part.stored_bytes[index] = kept.size_bytes
                 question = sample.questions[index]
                 row = Row(
                     tag=(part, index),
@@ -189,15 +189,6 @@ def _prefills(
     for index in everything if visible else ():
         # The last token is left to run.
         yield context.followed_by(prompt.questions[index][:-1]), [index], visible
-
-
-def stored_and_opened(span: CompressedKV) -> CompressedKV:
-    """Return a span as a worker gets it from the store: with what storing it loses."""
-    if span.shape.precision == "native":
-        return span
-    encoded = encode(span.to("cpu"), identity="evaluation")
-    opened = decode(encoded.header, bytearray(b"".join(encoded.parts)))
-    return opened.to(span.memory.device)
 
 
 def _full_bytes(prefilled: Prefilled) -> int:
