@@ -11,6 +11,7 @@ from chunkkv.compressor import compress
 from chunkkv.errors import (
     ChunkKVError,
     CorruptError,
+    DatasetError,
     FormatError,
     InvalidInputError,
     InvalidPolicyError,
@@ -32,6 +33,7 @@ __all__ = [
     "CompressedKV",
     "CompressionPolicy",
     "CorruptError",
+    "DatasetError",
     "EncodedKV",
     "FormatError",
     "Header",

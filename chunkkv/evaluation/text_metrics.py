@@ -15,8 +15,9 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
+# As published, with one of the two double angle brackets.
 _CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃〈〉《》「」『』【】〔〕"
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕"
     "〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
 )
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
