@@ -24,7 +24,7 @@ from chunkkv.prefill import generation_inputs, prefill, run_prefill
 from chunkkv.prefilled import Prefilled
 from chunkkv.presets import PRESETS, Preset, preset
 from chunkkv.recompress import is_prunable, recompress
-from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
+from chunkkv.scoring import key_diff_scores, recollect, reconstruct, repeat, window_scores
 from chunkkv.selection import Selection, select, select_positions
 from chunkkv.sentence_ends import sentence_ending_tokens
 from chunkkv.units import Units, chunks, sentences
@@ -66,8 +66,10 @@ __all__ = [
     "prefill",
     "preset",
     "read_header",
+    "recollect",
     "recompress",
     "reconstruct",
+    "repeat",
     "run_prefill",
     "select",
     "select_positions",

@@ -20,14 +20,13 @@ from chunkkv.cache import KeptLayer, KVCache
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import ObservedSpan, observers, reconstruct
+from chunkkv.scoring import ObservedSpan, observers, repeat
 from chunkkv.scoring.observed import Observer
 
 PREFILL_TOKENS: Final = 2048
 """Tokens of one forward pass at most."""
 
 # What a token can receive of one query at most: the question's tokens are kept before all others.
-_MOST_ATTENTION: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,10 @@ class Context:
         observed: dict[Scorer, Mapping[int, torch.Tensor]] = {
             scorer: observer.scores(cache) for scorer, observer in watching.items()
         }
-        if "reconstruction" in before.observed:
-            observed["reconstruction"] = {
-                layer: F.pad(scores, (0, len(token_ids)), value=_MOST_ATTENTION)
-                for layer, scores in before.observed["reconstruction"].items()
+        for scorer in before.observed.keys() - observed.keys():
+            observed[scorer] = {
+                layer: F.pad(scores, (0, len(token_ids)), value=float(scores.max()))
+                for layer, scores in before.observed[scorer].items()
             }
         return Prefilled(
             cache=cache,
@@ -122,9 +121,8 @@ def prefill_context(
         fingerprint=model_fingerprint(model) if fingerprint is None else fingerprint,
         observed={scorer: observer.scores(cache) for scorer, observer in watching.items()},
     )
-    if "reconstruction" in scorers:
-        ids = torch.tensor([token_ids], device=model.device)
-        prefilled = reconstruct(model, prefilled, ids)
+    ids = torch.tensor([token_ids], device=model.device)
+    prefilled = repeat(model, prefilled, ids, scorers)
     return Context(model, prefilled, watching, span)
 
 
