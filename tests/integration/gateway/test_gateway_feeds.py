@@ -164,7 +164,8 @@ async def test_a_worker_that_opens_no_feed_is_unavailable() -> None:
     worker = worker_info(address=f"127.0.0.1:{await server.start()}")
     try:
         with pytest.raises(UnavailableError) as caught:
-            await anext(channels.decode(worker, decode_pb2.DecodeRequest(), timeout_s=WAIT_S))
+            async with channels.decode(worker, decode_pb2.DecodeRequest(), timeout_s=WAIT_S):
+                pass
         assert caught.value.error_reason == "WORKER_STOPPED"
     finally:
         await channels.close()
