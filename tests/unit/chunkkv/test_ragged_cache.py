@@ -476,7 +476,7 @@ def test_repetition_on_top_is_scored_by_what_each_head_sees(family: str):
             **{attention.PROBE_ARGUMENT: Recorder()},
         )
 
-    for index, scores in found.reconstruction.items():
+    for index, scores in found.observed["reconstruction"].items():
         (queries, scaling, softcap), keywords = seen[index]
         for head, start in enumerate(keywords["hidden"][0].tolist()):
             expected = most_attention(
