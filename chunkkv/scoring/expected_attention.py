@@ -108,8 +108,8 @@ def expected_attention_scores(
 
     Returns:
         ``(batch, num_kv_heads, seq_len)`` float32, at least 0. Padding and what holds nothing have
-        score 0. The first ``SINK_TOKENS`` that a head holds, if it holds more, take no part in the softmax and have the highest
-        score of its head.
+        score 0. The first ``SINK_TOKENS`` that a head holds, if it holds more, take no part in the
+        softmax and have the highest score of the head.
 
     Source: Expected Attention (https://arxiv.org/abs/2510.00636), and kvpress's
     ``ExpectedAttentionPress``, whose rule for first tokens, ``SINK_TOKENS`` and

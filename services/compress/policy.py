@@ -103,15 +103,16 @@ def from_wire(
     """
     default = chunkkv.CompressionPolicy() if default is None else default
     asked = _asked(_agreeing(message))
-    budget = {name: asked.pop(name) for name in _BUDGETS if name in asked}
+    budget: dict[str, Any] = {name: asked.pop(name) for name in _BUDGETS if name in asked}
     if not budget:
         budget = {name: getattr(default, name) for name in _BUDGETS}
     with library_errors():
         if message.HasField("preset"):
             asked.setdefault("precision", default.precision)
             return chunkkv.preset(message.preset, num_tokens=num_tokens, **budget, **asked)
-        inherited = {name: getattr(default, name) for name in (*_METHOD, "precision")}
-        return chunkkv.CompressionPolicy(**{**budget, **inherited, **asked})
+        for name in (*_METHOD, "precision"):
+            asked.setdefault(name, getattr(default, name))
+        return chunkkv.CompressionPolicy(**budget, **asked)
 
 
 def to_wire(

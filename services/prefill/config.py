@@ -119,6 +119,8 @@ class PrefillSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _check_policies(self) -> Self:
+        if self.keep_ratio is not None and self.max_kept_tokens is not None:
+            raise ValueError("set CHUNKSERVE_KEEP_RATIO or CHUNKSERVE_MAX_KEPT_TOKENS, not both")
         try:
             policies.from_wire(self.compression)
             policies.from_wire(policies.for_prefixes(self.prefix_compression))

@@ -49,6 +49,27 @@ _POLICIES: Final = (
         scope=types_pb2.SCOPE_HEAD,
         scorer=types_pb2.SCORER_KEY_DIFF,
     ),
+    types_pb2.CompressionPolicy(
+        keep_ratio=0.4,
+        chunk_size=4,
+        window_size=4,
+        scope=types_pb2.SCOPE_HEAD,
+        spread=types_pb2.BUDGET_SPREAD_ADAPTIVE,
+        scorer=types_pb2.SCORER_EXPECTED_ATTENTION,
+    ),
+    types_pb2.CompressionPolicy(
+        keep_ratio=0.6,
+        chunk_size=12,
+        window_size=4,
+        unit=types_pb2.UNIT_SENTENCE,
+        spread=types_pb2.BUDGET_SPREAD_PYRAMID,
+        scorer=types_pb2.SCORER_HEAVY_HITTER,
+        gating=0.9,
+    ),
+    types_pb2.CompressionPolicy(preset="durable", keep_ratio=0.5),
+    types_pb2.CompressionPolicy(
+        keep_ratio=0.7, chunk_size=4, scope=types_pb2.SCOPE_GLOBAL, merge_layers=True
+    ),
 )
 _BOOKS: Final = (
     "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea.",

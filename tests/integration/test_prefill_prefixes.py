@@ -15,6 +15,7 @@ from tiny_model import load_tiny
 
 import chunkkv
 from chunkserve.v1 import manifest_pb2, prefill_pb2, prefill_pb2_grpc, types_pb2
+from services.compress import policy as policies
 from services.compress.memory import ReceivePool
 from services.compress.segments import fetched_segments
 from services.models.loader import LoadedModel
@@ -30,6 +31,8 @@ BOOK = "Call me Ishmael. Some years ago, never mind how long precisely, I went t
 CHAPTER = "There now is your insular city of the Manhattoes, belted round by wharves."
 QUESTION = "What did he do, and why, and for how long?"
 POLICY = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
+# The default's method, with what the session asks for.
+PREFIX_POLICY = chunkkv.preset("durable", keep_ratio=0.5, chunk_size=4, window_size=4)
 
 
 def chatty() -> LoadedModel:
@@ -92,11 +95,13 @@ async def test_several_marks_end_several_segments_each_compressed_on_top_of_the_
     ids = list(answer.manifest.token_ids)
     expected: list[chunkkv.CompressedKV] = []
     for first, num_tokens, is_prefix in spans(answer):
-        # Of prefixes the default is a scorer that knows no question.
-        policy = dataclasses.replace(POLICY, scorer="key_diff") if is_prefix else POLICY
+        # Of prefixes the default is a method that knows no question.
+        policy = PREFIX_POLICY if is_prefix else POLICY
         past = chunkkv.KVCache.from_segments(loaded.model.config, expected)
         new_ids = torch.tensor([ids[first : first + num_tokens]])
         prefilled = chunkkv.run_prefill(loaded.model, new_ids, window_size=4, past=past)
+        if policy.scorer == "reconstruction":
+            prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
         expected += chunkkv.compress(prefilled, policy)
     lent = fetched_segments(
         store, answer.manifest.segments, fingerprint=loaded.fingerprint, pool=ReceivePool()
@@ -129,7 +134,7 @@ async def test_a_prefix_is_compressed_by_a_scorer_that_knows_no_question(
     prefilled = chunkkv.run_prefill(loaded.model, new_ids, window_size=4)
     if name == "reconstruction":
         prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
-    [expected] = chunkkv.compress(prefilled, dataclasses.replace(POLICY, scorer=name))
+    [expected] = chunkkv.compress(prefilled, dataclasses.replace(PREFIX_POLICY, scorer=name))
     lent = fetched_segments(store, [prefix], fingerprint=loaded.fingerprint, pool=ReceivePool())
     with lent as fetched:
         for layer, own in zip(fetched.kv[0].layers, expected.layers, strict=True):
@@ -239,6 +244,73 @@ async def test_a_one_off_request_shares_nothing_so_its_marks_mean_nothing(stub):
     assert spans(answer) == [(0, PREFIX_LEN + QUESTION_LEN, False)]
 
 
+@pytest.mark.parametrize(
+    ("session_asks", "request_asks", "preset", "changes"),
+    [
+        ({}, {"prefix_preset": "kvzip"}, "kvzip", {}),
+        ({"prefix_preset": "kvzip"}, {}, "kvzip", {}),
+        ({"prefix_preset": "kvzip"}, {"prefix_preset": "snapkv"}, "snapkv", {}),
+        (
+            {"prefix_preset": "fast"},
+            {"prefix_scorer": types_pb2.SCORER_RECENCY},
+            "fast",
+            {"scorer": "recency"},
+        ),
+        ({"prefix_scorer": types_pb2.SCORER_RECENCY}, {"prefix_preset": "kvzip"}, "kvzip", {}),
+        ({}, {"preset": "snapkv", "scorer": types_pb2.SCORER_RECENCY}, "durable", {}),
+        (
+            {},
+            {"scope": types_pb2.SCOPE_GLOBAL},
+            "durable",
+            {"scope": "global", "spread": "uniform"},
+        ),
+    ],
+    ids=[
+        "request",
+        "session",
+        "request_before_session",
+        "scorer_of_a_preset",
+        "preset_before_an_older_scorer",
+        "not_the_prompts_own",
+        "no_spread_that_does_not_go_with_a_scope",
+    ],
+)
+async def test_a_prefix_is_compressed_by_a_preset_of_its_own(
+    stub, session_asks, request_asks, preset, changes
+):
+    manifest = session()
+    manifest.compression.MergeFrom(types_pb2.CompressionPolicy(**session_asks))
+    request = asked(("system", BOOK, True), ("user", QUESTION, False), manifest=manifest)
+    request.compression.MergeFrom(types_pb2.CompressionPolicy(**request_asks))
+
+    answer = await stub.Prefill(request)
+
+    prefix, _ = answer.manifest.segments
+    expected = chunkkv.preset(
+        preset,
+        keep_ratio=0.5,
+        num_tokens=PREFIX_LEN,
+        **{"chunk_size": 4, "window_size": 4, **changes},
+    )
+    assert policies.from_wire(prefix.compression) == expected
+    assert not prefix.compression.HasField("preset")
+
+
+async def test_a_worker_has_a_preset_of_prefixes(store):
+    async with serving(store, loaded=chatty(), prefix_preset="keydiff") as stub:
+        manifest = session()
+        manifest.ClearField("compression")
+        answer = await stub.Prefill(
+            asked(("system", BOOK, True), ("user", QUESTION, False), manifest=manifest)
+        )
+
+    prefix, rest = answer.manifest.segments
+    assert (
+        policies.from_wire(prefix.compression).canonical() == chunkkv.preset("keydiff").canonical()
+    )
+    assert policies.from_wire(rest.compression).canonical() == chunkkv.preset("fast").canonical()
+
+
 async def test_the_answer_names_the_scorer_of_prefixes(stub):
     policy = types_pb2.CompressionPolicy(prefix_scorer=types_pb2.SCORER_WINDOW)
 
@@ -255,6 +327,17 @@ async def test_an_unknown_scorer_of_prefixes_is_refused(stub):
 
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "scorer is 'number 99'" in error.details()
+
+
+@pytest.mark.parametrize("field", ["preset", "prefix_preset"])
+async def test_an_unknown_preset_is_refused_with_the_names_that_there_are(stub, field):
+    request = asked(("user", QUESTION, False))
+    setattr(request.compression, field, "slow")
+
+    error = await refused(stub.Prefill(request))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"no preset 'slow'; give one of {', '.join(chunkkv.PRESETS)}" in error.details()
 
 
 async def test_a_mark_that_the_template_does_not_allow_is_refused(store):

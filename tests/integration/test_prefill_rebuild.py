@@ -23,6 +23,7 @@ from chunkserve.v1 import (
     session_pb2,
     types_pb2,
 )
+from services.compress import policy as policies
 from services.compress.memory import ReceivePool
 from services.compress.segments import fetched_segments
 from services.decode.config import DecodeSettings
@@ -220,6 +221,43 @@ async def test_a_session_of_which_nothing_is_left_is_computed_again_span_by_span
 
     assert rebuilt.manifest == manifest
     assert rebuilt.num_rebuilt_tokens == sum(s.num_tokens for s in manifest.segments)
+    check_same(cluster.fetch(manifest), lost)
+
+
+CHOICES = {
+    "adaptive": {"scope": "head", "spread": "adaptive", "head_floor": 0.1, "chunk_size": 4},
+    "pyramid": {"scope": "layer", "spread": "pyramid", "pool_size": 3, "chunk_size": 4},
+    "sentence": {"unit": "sentence", "chunk_size": 9, "gating": 0.7},
+    "heavy_hitter": {"scorer": "heavy_hitter", "unit": "token", "scope": "head"},
+    "expected_attention": {
+        "scorer": "expected_attention",
+        "scope": "head",
+        "spread": "adaptive",
+        "chunk_size": 2,
+    },
+    "recency": {"scorer": "recency", "unit": "token"},
+    "key_norm": {"scorer": "key_norm", "precision": "int8"},
+    "merged": {"merge_layers": True, "scope": "global", "keep_ratio": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "durable", "h2o"])
+async def test_every_choice_is_computed_again_as_it_was_from_what_its_entry_says(
+    cluster, valkey, name
+):
+    if name in CHOICES:
+        asked = policies.message_of({"window_size": 4, **CHOICES[name]})
+    else:
+        asked = types_pb2.CompressionPolicy(preset=name, keep_ratio=0.3)
+    manifest = await cluster.turn(await cluster.begin(), PROMPT, compression=asked)
+    manifest = await cluster.turn(manifest, TURN_2, compression=asked)
+    lost = cluster.fetch(manifest)
+    for segment in manifest.segments:
+        lose_header(valkey, segment.segment_id)
+
+    rebuilt = await cluster.rebuild(manifest)
+
+    assert rebuilt.manifest == manifest
     check_same(cluster.fetch(manifest), lost)
 
 

@@ -13,6 +13,8 @@ from transformers.models.gemma3 import modeling_gemma3
 
 import chunkkv
 from chunkkv import CompressedKV, CompressionPolicy, InvalidInputError, KVCache, attention
+from chunkkv.scoring.expected_attention import expected_attention_scores
+from chunkkv.scoring.heavy_hitter import accumulated_attention
 from chunkkv.scoring.reconstruction import most_attention
 
 WHOLE = CompressionPolicy(keep_ratio=1.0, scope="head", window_size=4)
@@ -374,6 +376,81 @@ def test_span_on_top_is_scored_by_what_each_head_sees(family: str, kind: str, pi
             torch.testing.assert_close(scores[:, head : head + 1], expected[..., -30:])
 
 
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("piece", [None, 7])
+def test_heavy_hitters_on_top_are_those_of_what_each_head_sees(
+    family: str, kind: str, piece: int | None
+):
+    model = tiny_model(family)
+    ids, _ = prompts(70)
+    past = KVCache.from_segments(model.config, [ragged_prefix(model, ids[:, :NUM_TOKENS], kind)])
+    policy = CompressionPolicy(scorer="heavy_hitter")
+
+    prefilled = chunkkv.run_prefill(
+        model,
+        ids[:, NUM_TOKENS:],
+        window_size=30,
+        scorers=[policy.scorer],
+        past=past,
+        prefill_chunk_tokens=piece,
+    )
+
+    probe = prefilled.probe
+    for index, layer in enumerate(past.layers):
+        if layer.is_sliding:
+            continue
+        scores = chunkkv.scoring.layer_scores(prefilled, policy, index)
+        for head, start in enumerate(layer.hidden[0].tolist()):
+            expected = accumulated_attention(
+                probe.queries[index][:, 2 * head : 2 * head + 2],
+                layer.keys[:, head : head + 1, start:],
+                scaling=probe.scaling[index],
+                softcap=probe.softcap[index],
+            )
+            torch.testing.assert_close(scores[:, head : head + 1], expected[..., -30:])
+
+
+@pytest.mark.parametrize("hidden", [[0, 0], [0, 9], [5, 17], [20, 18]])
+def test_expected_attention_is_that_of_what_each_head_holds(hidden: list[int]):
+    torch.manual_seed(0)
+    mean, covariance = torch.randn(1, 4, 8), torch.randn(1, 4, 8, 8)
+    covariance = covariance @ covariance.mT / 8
+    keys, values = torch.randn(1, 2, 21, 8), torch.randn(1, 2, 21, 6)
+
+    scores = expected_attention_scores(
+        mean, covariance, keys, values, scaling=0.3, hidden=torch.tensor([hidden])
+    )
+
+    for head, start in enumerate(hidden):
+        own, group = slice(head, head + 1), slice(2 * head, 2 * head + 2)
+        expected = expected_attention_scores(
+            mean[:, group],
+            covariance[:, group],
+            keys[:, own, start:],
+            values[:, own, start:],
+            scaling=0.3,
+        )
+        torch.testing.assert_close(scores[:, own, start:], expected)
+        assert not scores[:, own, :start].any()
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_expected_attention_runs_on_top_of_what_each_head_sees(family: str, kind: str):
+    model = tiny_model(family)
+    ids, _ = prompts(70)
+    past = KVCache.from_segments(model.config, [ragged_prefix(model, ids[:, :NUM_TOKENS], kind)])
+    policy = CompressionPolicy(keep_ratio=0.5, scorer="expected_attention", window_size=4)
+
+    prefilled = chunkkv.run_prefill(
+        model, ids[:, NUM_TOKENS:], window_size=4, scorers=[policy.scorer], past=past
+    )
+
+    [span] = chunkkv.compress(prefilled, policy)
+    assert (span.num_tokens, span.num_kept_tokens) == (30, 15)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_repetition_on_top_is_scored_by_what_each_head_sees(family: str):
     model = tiny_model(family)
@@ -399,8 +476,7 @@ def test_repetition_on_top_is_scored_by_what_each_head_sees(family: str):
             **{attention.PROBE_ARGUMENT: Recorder()},
         )
 
-    assert found.reconstruction is not None
-    for index, scores in found.reconstruction.items():
+    for index, scores in found.observed["reconstruction"].items():
         (queries, scaling, softcap), keywords = seen[index]
         for head, start in enumerate(keywords["hidden"][0].tolist()):
             expected = most_attention(
