@@ -342,10 +342,12 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             own = copy.copy(layer)
             if isinstance(layer, KeptLayer):
+                assert layer.keys is not None
+                assert layer.values is not None
                 own = KeptLayer()
-                rows = (layer.keys[row, None], layer.values[row, None])
-                # What a column holds has the same place from the end in every layer and head.
-                own.append(*(part_of[:, :, columns] for part_of in rows), seen=seen)
+                # Heads are right-aligned: a token has the same place from the end in all of them.
+                keys, values = layer.keys[row, None], layer.values[row, None]
+                own.append(keys[:, :, columns], values[:, :, columns], seen=seen)
             else:
                 own.keys = layer.keys[row, None, :, -seen:]
                 own.values = layer.values[row, None, :, -seen:]
