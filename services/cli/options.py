@@ -73,8 +73,8 @@ MaxKeptTokens = Annotated[
 Scorer = Annotated[
     str | None,
     typer.Option(
-        help="window, reconstruction, key_diff, heavy_hitter, recency, expected_attention or "
-        "key_norm",
+        help="window, recall, reconstruction, key_diff, heavy_hitter, recency, "
+        "expected_attention or key_norm",
         rich_help_panel=_COMPRESSION,
     ),
 ]
@@ -126,6 +126,13 @@ SinkTokens = Annotated[
 ReuseInterval = Annotated[
     int | None,
     typer.Option(help="Layers that share a list in scope group.", rich_help_panel=_COMPRESSION),
+]
+VotePower = Annotated[
+    int | None,
+    typer.Option(
+        help="What window attention is raised to before it is averaged, 1 to 8.",
+        rich_help_panel=_COMPRESSION,
+    ),
 ]
 PoolSize = Annotated[
     int | None,

@@ -37,6 +37,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "window_size": st.integers(1, INT32_MAX),
     "sink_tokens": st.integers(0, INT32_MAX),
     "reuse_interval": st.integers(1, INT32_MAX),
+    "vote_power": st.integers(1, 8),
     "pool_size": st.integers(0, INT32_MAX // 2 - 1).map(lambda n: 2 * n + 1),
     "head_floor": fractions,
     "gating": fractions,

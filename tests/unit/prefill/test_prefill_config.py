@@ -25,6 +25,7 @@ VALUES: dict[str, Any] = {
     "window_size": 9,
     "sink_tokens": 2,
     "reuse_interval": 3,
+    "vote_power": 2,
     "pool_size": 5,
     "head_floor": 0.25,
     "gating": 0.5,
