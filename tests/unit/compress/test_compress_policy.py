@@ -258,15 +258,6 @@ def test_a_prefix_has_a_scorer_and_a_preset_of_its_own_and_else_the_same_fields(
     assert for_prefixes(message(scorer=types_pb2.SCORER_WINDOW)) == message()
 
 
-def test_a_prefixs_preset_replaces_the_scorer_below():
-    below = message(prefix_scorer=types_pb2.SCORER_WINDOW, chunk_size=4)
-
-    merged = overlaid(below, message(prefix_preset="keydiff"))
-
-    assert from_wire(for_prefixes(merged)).scorer == "key_diff"
-    assert merged.chunk_size == 4
-
-
 def test_fields_that_are_none_are_not_set():
     assert message_of({"keep_ratio": None, "unit": "sentence", "gating": 0.5}) == message(
         unit=types_pb2.UNIT_SENTENCE, gating=0.5
