@@ -11,6 +11,7 @@ from chunkkv.compressor import compress
 from chunkkv.errors import (
     ChunkKVError,
     CorruptError,
+    DatasetError,
     FormatError,
     InvalidInputError,
     InvalidPolicyError,
@@ -23,7 +24,7 @@ from chunkkv.prefill import generation_inputs, prefill, run_prefill
 from chunkkv.prefilled import Prefilled
 from chunkkv.presets import PRESETS, Preset, preset
 from chunkkv.recompress import is_prunable, recompress
-from chunkkv.scoring import key_diff_scores, reconstruct, window_scores
+from chunkkv.scoring import key_diff_scores, recollect, reconstruct, repeat, window_scores
 from chunkkv.selection import Selection, select, select_positions
 from chunkkv.sentence_ends import sentence_ending_tokens
 from chunkkv.units import Units, chunks, sentences
@@ -34,6 +35,7 @@ __all__ = [
     "CompressedKV",
     "CompressionPolicy",
     "CorruptError",
+    "DatasetError",
     "EncodedKV",
     "FormatError",
     "Header",
@@ -64,8 +66,10 @@ __all__ = [
     "prefill",
     "preset",
     "read_header",
+    "recollect",
     "recompress",
     "reconstruct",
+    "repeat",
     "run_prefill",
     "select",
     "select_positions",

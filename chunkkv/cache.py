@@ -326,6 +326,35 @@ class KVCache(Cache):  # type: ignore[misc]
         ]
         return ahead
 
+    def excerpt(self, row: int, columns: torch.Tensor, *, seen: int) -> KVCache:
+        """Return a cache for one forward pass of one row that sees a part of its tokens.
+
+        Sliding-window layers show what they hold. This cache stays as it is.
+
+        Args:
+            row: Of the batch.
+            columns: ``(kept,)`` int64, ascending: tokens that full-attention layers show, counted
+                from the end of what they hold: -1 is the last.
+            seen: Tokens of the row's sequence, padding not counted.
+        """
+        part = copy.copy(self)
+        part.layers = []
+        for layer in self.layers:
+            own = copy.copy(layer)
+            if isinstance(layer, KeptLayer):
+                assert layer.keys is not None
+                assert layer.values is not None
+                own = KeptLayer()
+                # Heads are right-aligned: a token has the same place from the end in all of them.
+                keys, values = layer.keys[row, None], layer.values[row, None]
+                own.append(keys[:, :, columns], values[:, :, columns], seen=seen)
+            else:
+                own.keys = layer.keys[row, None, :, -seen:]
+                own.values = layer.values[row, None, :, -seen:]
+                own.cumulative_length = seen
+            part.layers.append(own)
+        return part
+
     @property
     def is_ragged(self) -> bool:
         """Whether only attention of our own can read it: see the module's first lines."""

@@ -23,3 +23,7 @@ class CorruptError(ChunkKVError):
 
 class MismatchError(ChunkKVError):
     """An object is intact but belongs to another model, or is another object."""
+
+
+class DatasetError(ChunkKVError):
+    """Evaluation data is missing, or is not in the format that was published."""

@@ -16,6 +16,7 @@ from chunkkv.errors import InvalidPolicyError
 Scorer = Literal[
     "window",
     "reconstruction",
+    "recall",
     "key_diff",
     "heavy_hitter",
     "recency",
@@ -48,7 +49,8 @@ class CompressionPolicy:
             at least 1. Exclusive with ``max_kept_tokens``; 0.3 if neither is given.
         max_kept_tokens: Number of tokens to keep at most, at least 1.
         scorer: ``window``: attention of the last ``window_size`` tokens (ChunkKV, SnapKV);
-            ``reconstruction``: attention while the model repeats the text (KVzip); ``key_diff``:
+            ``reconstruction``: attention while the model repeats the text (KVzip); ``recall``: the
+            same, each piece seeing itself alone, strong votes counted; ``key_diff``:
             how little a key resembles the average one (KeyDiff); ``heavy_hitter``: attention of
             all tokens, accumulated (H2O); ``recency``: the later, the higher (StreamingLLM);
             ``expected_attention``: of queries to come, by the statistics of those seen;
@@ -67,6 +69,9 @@ class CompressionPolicy:
             1.
         sink_tokens: Leading tokens that are kept, at least 0.
         reuse_interval: Layers that share one list with scope ``group``, at least 1.
+        vote_power: With ``window``: what the attention of each query is raised to before it is
+            averaged, from 1 (ChunkKV, SnapKV) to 8. The higher, the more one sure query counts
+            beside many that look everywhere.
         pool_size: Tokens that the ``window`` scorer's scores are averaged over, odd; 1: none
             (SnapKV takes 5 or 7).
         head_floor: With ``adaptive``: fraction of an equal share that every list is given before
@@ -98,6 +103,7 @@ class CompressionPolicy:
     window_size: int = 16
     sink_tokens: int = 4
     reuse_interval: int = 2
+    vote_power: int = 1
     pool_size: int = 1
     head_floor: float = 0.0
     gating: float = 0.0
@@ -128,6 +134,10 @@ class CompressionPolicy:
                 raise InvalidPolicyError(
                     f"{name} is {value!r}; give an integer of at least {least}"
                 )
+        if self.vote_power > _MAX_VOTE_POWER:
+            raise InvalidPolicyError(
+                f"vote_power is {self.vote_power}; give 1 to {_MAX_VOTE_POWER}"
+            )
         if self.pool_size % 2 == 0:
             raise InvalidPolicyError(f"pool_size is {self.pool_size}; give an odd number")
         for name in _FRACTIONS:
@@ -179,6 +189,8 @@ class CompressionPolicy:
             yield f" spread={self.spread}"
         if self.spread == "adaptive" and self.head_floor > 0:
             yield f" floor={_fraction(self.head_floor)}"
+        if self.scorer == "window" and self.vote_power > 1:
+            yield f" power={self.vote_power}"
         if self.scorer == "window" and self.pool_size > 1:
             yield f" pool={self.pool_size}"
         if self.ranked_tokens > 1 and self.gating > 0:
@@ -202,8 +214,10 @@ _LEAST: Final = {
     "window_size": 1,
     "sink_tokens": 0,
     "reuse_interval": 1,
+    "vote_power": 1,
     "pool_size": 1,
 }
+_MAX_VOTE_POWER: Final = 8
 _FRACTIONS: Final = ("head_floor", "gating")
 
 

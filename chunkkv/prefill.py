@@ -15,7 +15,7 @@ from chunkkv.errors import InvalidInputError
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import ObservedSpan, observers, reconstruct
+from chunkkv.scoring import ObservedSpan, observers, repeat
 
 
 def prefill(
@@ -50,8 +50,7 @@ def prefill(
         attention_mask=attention_mask,
         prefill_chunk_tokens=prefill_chunk_tokens,
     )
-    if policy.scorer == "reconstruction":
-        prefilled = reconstruct(model, prefilled, input_ids)
+    prefilled = repeat(model, prefilled, input_ids, (policy.scorer,))
     return compress(prefilled, policy)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from chunkkv.attention import QueryProbe
 from chunkkv.cache import KVCache
+from chunkkv.errors import InvalidInputError
 from chunkkv.policy import Scorer
 
 
@@ -36,6 +37,19 @@ class Prefilled:
     fingerprint: str
     observed: Mapping[Scorer, Mapping[int, torch.Tensor]] = field(default_factory=dict)
     sentence_ends: torch.Tensor | None = None
+
+    def check_is_whole(self, input_ids: torch.Tensor) -> None:
+        """Check that the cache ends with the span, and that the span is these tokens.
+
+        Raises:
+            InvalidInputError: The shapes differ, or tokens followed.
+        """
+        expected = (len(self.num_tokens), self.longest)
+        if tuple(input_ids.shape) != expected:
+            raise InvalidInputError(f"input_ids is {tuple(input_ids.shape)}; {expected} were run")
+        end, seen = self.first_token + self.longest, self.cache.get_seq_length()
+        if seen != end:
+            raise InvalidInputError(f"the text ends at {end}, but its cache has seen {seen} tokens")
 
     @property
     def longest(self) -> int:

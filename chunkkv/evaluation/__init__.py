@@ -1,1 +1,1 @@
-"""How much of an answer survives compression: documents whose answers are known."""
+"""How much of an answer survives compression: tasks with known answers, and metrics."""

@@ -12,11 +12,12 @@ import torch
 
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import key_diff, key_norm, observed, recency, reconstruction, window
+from chunkkv.scoring import key_diff, key_norm, observed, recall, recency, reconstruction, window
 from chunkkv.scoring.expected_attention import ExpectedAttention
 from chunkkv.scoring.heavy_hitter import HeavyHitters
 from chunkkv.scoring.key_diff import key_diff_scores
 from chunkkv.scoring.observed import ObservedSpan, Observer
+from chunkkv.scoring.recall import recollect
 from chunkkv.scoring.reconstruction import reconstruct
 from chunkkv.scoring.rotary import Rotary
 from chunkkv.scoring.window import window_scores
@@ -26,13 +27,16 @@ __all__ = [
     "key_diff_scores",
     "layer_scores",
     "observers",
+    "recollect",
     "reconstruct",
+    "repeat",
     "window_scores",
 ]
 
 _SCORERS: Final[dict[Scorer, Callable[[Prefilled, CompressionPolicy, int], torch.Tensor]]] = {
     "window": window.score_layer,
     "reconstruction": reconstruction.score_layer,
+    "recall": recall.score_layer,
     "key_diff": key_diff.score_layer,
     "heavy_hitter": observed.score_layer,
     "recency": recency.score_layer,
@@ -43,6 +47,29 @@ _OBSERVERS: Final[dict[Scorer, Callable[[Any, ObservedSpan], Observer]]] = {
     "heavy_hitter": lambda model, span: HeavyHitters(span),
     "expected_attention": lambda model, span: ExpectedAttention(span, Rotary.of(model)),
 }
+
+_REPETITIONS: Final[dict[Scorer, Callable[..., Prefilled]]] = {
+    "reconstruction": reconstruct,
+    "recall": recollect,
+}
+
+
+def repeat(
+    model: Any,
+    prefilled: Prefilled,
+    input_ids: torch.Tensor,
+    scorers: Collection[Scorer],
+    *,
+    before_chunk: Callable[[], None] = lambda: None,
+) -> Prefilled:
+    """Let the model repeat the text for those of the scorers that need it: one pass for each.
+
+    Arguments and errors are those of ``reconstruct`` and ``recollect``.
+    """
+    for scorer, run in _REPETITIONS.items():
+        if scorer in scorers:
+            prefilled = run(model, prefilled, input_ids, before_chunk=before_chunk)
+    return prefilled
 
 
 def observers(

@@ -53,10 +53,13 @@ def attention_paid(
     visible: torch.Tensor,
     softcap: float | None,
     hidden: torch.Tensor | None = None,
+    *,
+    power: int = 1,
 ) -> torch.Tensor:
     """Return ``(batch, num_kv_heads, seq_len)``: what each key gets of all queries together.
 
-    Arguments are those of ``attention_logits``. A query that sees nothing pays nothing.
+    Arguments are those of ``attention_logits``, and what each query's attention is raised to. A
+    query that sees nothing pays nothing.
     """
     attention = attention_logits(queries, keys, visible, softcap, hidden).softmax(dim=-1)
     # A query that is padding sees nothing and must not vote (its softmax is NaN). Other NaN stays:
@@ -64,6 +67,8 @@ def attention_paid(
     is_padding = ~visible.any(dim=-1)  # (batch or 1, q_len)
     if is_padding.any():
         attention.masked_fill_(is_padding[:, None, None, :, None], 0.0)
+    if power > 1:
+        attention.pow_(power)
     return attention.sum(dim=(2, 3))
 
 

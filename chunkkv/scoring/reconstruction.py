@@ -57,12 +57,7 @@ def reconstruct(
     and not on its own piece alone, and shares its attention between all keys that the model sees
     (those of a prefix included) and not a sample of them: scores are the model's own attention.
     """
-    expected = (len(prefilled.num_tokens), prefilled.longest)
-    if tuple(input_ids.shape) != expected:
-        raise InvalidInputError(f"input_ids is {tuple(input_ids.shape)}; {expected} were run")
-    end, seen = prefilled.first_token + prefilled.longest, prefilled.cache.get_seq_length()
-    if seen != end:
-        raise InvalidInputError(f"the text ends at {end}, but its cache has seen {seen} tokens")
+    prefilled.check_is_whole(input_ids)
     layers = prefilled.cache.layers
     full = frozenset(i for i, layer in enumerate(layers) if isinstance(layer, KeptLayer))
     padding = prefilled.num_padding if prefilled.num_padding.any() else None
@@ -137,7 +132,7 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
         InvalidInputError: The text was not repeated.
     """
     if "reconstruction" not in prefilled.observed:
-        raise InvalidInputError("the text was not repeated; call reconstruct after the prefill")
+        raise InvalidInputError("the text was not repeated; call repeat after the prefill")
     return prefilled.observed["reconstruction"][layer]
 
 

@@ -22,6 +22,7 @@ def window_scores(
     softcap: float | None = None,
     num_padding: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
+    power: int = 1,
 ) -> torch.Tensor:
     """Return the attention that the observation window pays to each token.
 
@@ -37,12 +38,14 @@ def window_scores(
         softcap: Bound of the logits (``softcap * tanh(logits / softcap)``), if the model has one.
         num_padding: ``(batch,)``: leading positions of each row that are padding.
         hidden: ``(batch, num_kv_heads)``: leading keys of each head that hold nothing.
+        power: What attention is raised to before it is averaged.
 
     Returns:
-        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``; each row sums to 1. Padding and
-        what holds nothing have score 0.
+        ``(batch, num_kv_heads, seq_len)`` float32 in ``[0, 1]``; with a power of 1, each row sums
+        to 1. Padding and what holds nothing have score 0.
 
-    Source: ChunkKV, Algorithm 1, "observe"; SnapKV (https://arxiv.org/abs/2404.14469), eq. 5.
+    Source: ChunkKV, Algorithm 1, "observe"; SnapKV (https://arxiv.org/abs/2404.14469), eq. 5. The
+    power is ours.
     """
     batch, window = queries.shape[0], queries.shape[2]
     num_kv_heads, seq_len = keys.shape[1], keys.shape[2]
@@ -53,7 +56,7 @@ def window_scores(
     for start in range(0, window, QUERIES_AT_ONCE):
         asking = slice(start, start + QUERIES_AT_ONCE)
         scores += attention_paid(
-            grouped[:, :, :, asking], keys, visible[:, asking], softcap, hidden
+            grouped[:, :, :, asking], keys, visible[:, asking], softcap, hidden, power=power
         )
     num_voters = visible.any(dim=-1).sum(dim=-1)[:, None, None] * grouped.shape[2]
     return scores / num_voters
@@ -120,6 +123,7 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
         softcap=probe.softcap[layer],
         num_padding=padding if padding.any() else None,
         hidden=held.hidden,
+        power=policy.vote_power,
     )
     return pooled(
         scores[..., -prefilled.longest :],

@@ -22,7 +22,7 @@ class TokenFeed:
     """What one caller is sent."""
 
     def __init__(self) -> None:
-        self._waiting: list[decode_pb2.FedTokens] = []
+        self._waiting: list[tuple[int, types_pb2.TokenDelta]] = []
         self._changed = asyncio.Event()
         self._calls: dict[int, Generation] = {}
         self._is_draining = False
@@ -51,7 +51,7 @@ class TokenFeed:
 
     def put(self, key: int, delta: types_pb2.TokenDelta) -> None:
         """Send tokens of a call with the next message."""
-        self._waiting.append(decode_pb2.FedTokens(feed_key=key, delta=delta))
+        self._waiting.append((key, delta))
         self._changed.set()
 
     def hold(self, key: int, is_held: bool) -> None:
@@ -65,9 +65,13 @@ class TokenFeed:
         while self._calls or self._waiting or not self._is_draining:
             await self._changed.wait()
             self._changed.clear()
-            tokens, self._waiting = self._waiting, []
-            if tokens:
-                yield decode_pb2.FeedTokensResponse(tokens=tokens)
+            if self._waiting:
+                message = decode_pb2.FeedTokensResponse()
+                for key, delta in self._waiting:
+                    # In place: handed to a constructor, each delta would be copied twice.
+                    message.tokens.add(feed_key=key).delta.CopyFrom(delta)
+                self._waiting = []
+                yield message
 
     def drain(self) -> None:
         """End as soon as no call is left."""

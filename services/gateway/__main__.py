@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import uvloop
 
 from services.gateway.app import serve
 from services.gateway.config import GatewaySettings
@@ -16,7 +16,7 @@ def main() -> None:
     settings = load(GatewaySettings)
     configure_logging(settings.log_level)
     with served_metrics(settings.metrics_listen):
-        asyncio.run(serve(settings))
+        uvloop.run(serve(settings))
 
 
 if __name__ == "__main__":

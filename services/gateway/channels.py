@@ -7,8 +7,8 @@ it. Errors come out as service errors, the worker's own unchanged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -20,7 +20,7 @@ from chunkserve.v1 import (
     prefill_pb2,
     prefill_pb2_grpc,
 )
-from services.gateway.feeds import TokenFeed
+from services.gateway.feeds import Event, TokenFeed
 from services.runtime.interceptors import request_id_metadata
 from services.runtime.server import open_channel
 from services.runtime.status import from_rpc_error
@@ -81,27 +81,26 @@ class WorkerChannels:
                 compression_pb2_grpc.CompressionServiceStub(channel).Compress, request, timeout_s
             )
 
+    @asynccontextmanager
     async def decode(
         self, worker: WorkerInfo, request: decode_pb2.DecodeRequest, *, timeout_s: float
-    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
-        """Call ``Decode`` and yield its events; closing the generator cancels the call."""
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        """Call ``Decode`` and have its events in the block, whose end cancels the call."""
         with self._use(worker.address) as channel:
             if worker.address not in self._feeds:
                 self._feeds[worker.address] = TokenFeed(channel)
             feed = self._feeds[worker.address]
-            async with aclosing(feed.decode(request, timeout_s=timeout_s)) as events:
-                async for event in events:
-                    yield event
+            async with feed.decode(request, timeout_s=timeout_s) as events:
+                yield events
 
     async def prune(self, living: Collection[str]) -> None:
         """Close channels to addresses that are not among ``living`` and have no call."""
-        gone = [
-            address
-            for address in self._channels
-            if address not in living and not self._num_calls[address]
-        ]
-        for address in gone:
-            await self._close(address)
+        for address in list(self._channels):
+            # Looked at only now: while the one before closed, a call may have begun on this one,
+            # or another turn have closed it.
+            is_open = address in self._channels
+            if is_open and address not in living and not self._num_calls[address]:
+                await self._close(address)
 
     async def close(self) -> None:
         """Close all channels; calls on them are cancelled."""

@@ -11,8 +11,8 @@ import itertools
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from typing import Any, Final
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final, TypeAlias
 
 import grpc.aio
 
@@ -25,6 +25,9 @@ from services.runtime.tasks import end_task
 # Deltas in an inbox at which its call is paused, and at which it goes on.
 _MANY: Final = 32
 _FEW: Final = 8
+
+# What comes of a call: one DecodeStarted, then TokenDeltas, last one Finish.
+Event: TypeAlias = decode_pb2.DecodeStarted | types_pb2.TokenDelta | types_pb2.Finish
 
 _OPEN_TIMEOUT_S: Final = 5.0
 _HOLD_TIMEOUT_S: Final = 5.0
@@ -47,13 +50,16 @@ class TokenFeed:
         self._reader: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
 
+    @asynccontextmanager
     async def decode(
         self, request: decode_pb2.DecodeRequest, *, timeout_s: float
-    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
-        """Call ``Decode`` and yield its events; closing the generator cancels the call.
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        """Call ``Decode`` and have its events in the block, whose end cancels the call.
+
+        Events come by no generator around another one: every layer costs each token.
 
         Raises:
-            ServiceError: What the worker raised, or ``UnavailableError``.
+            ServiceError: What the worker raised, or ``UnavailableError``; also from the events.
         """
         await self._open()
         key = next(self._keys)
@@ -64,8 +70,7 @@ class TokenFeed:
         hold = _Hold(self._stub, request.feed_id, key, on_failed=inbox.fail)
         try:
             async with aclosing(inbox.events(request.num_resumed_tokens, hold)) as events:
-                async for event in events:
-                    yield event
+                yield events
         finally:
             del self._inboxes[key]
             call.cancel()
@@ -133,8 +138,8 @@ class _Inbox:
 
     def __init__(self) -> None:
         self._deltas: deque[types_pb2.TokenDelta] = deque()
-        self._started: decode_pb2.DecodeResponse | None = None
-        self._finish: decode_pb2.DecodeResponse | None = None
+        self._started: decode_pb2.DecodeStarted | None = None
+        self._finish: types_pb2.Finish | None = None
         self._has_ended = False
         self._error: ServiceError | None = None
         self._changed = asyncio.Event()
@@ -147,9 +152,9 @@ class _Inbox:
     def take(self, event: decode_pb2.DecodeResponse) -> None:
         """Take an event of the call itself."""
         if event.HasField("started"):
-            self._started = event
+            self._started = event.started
         elif event.HasField("finish"):
-            self._finish = event
+            self._finish = event.finish
         self._changed.set()
 
     def end(self) -> None:
@@ -162,9 +167,7 @@ class _Inbox:
         self._error = self._error or error
         self._changed.set()
 
-    async def events(
-        self, num_tokens: int, hold: _Hold
-    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+    async def events(self, num_tokens: int, hold: _Hold) -> AsyncGenerator[Event, None]:
         """Yield the events in their order: started, the deltas, and finish behind the last one.
 
         Args:
@@ -182,10 +185,10 @@ class _Inbox:
                 hold.observe(len(self._deltas))
                 delta = self._deltas.popleft()
                 num_tokens += len(delta.token_ids)
-                yield decode_pb2.DecodeResponse(delta=delta)
+                yield delta
             hold.observe(0)
             if self._finish is not None:
-                if num_tokens >= self._finish.finish.num_generated_tokens:
+                if num_tokens >= self._finish.num_generated_tokens:
                     yield self._finish
                     return
             elif self._error is not None:
@@ -239,8 +242,15 @@ class _Hold:
                 await self._stub.HoldTokens(request, timeout=_HOLD_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 # Else a call that was paused would stay so.
-                self._on_failed(from_rpc_error(error))
+                self._on_failed(_hold_error(error))
                 return
+
+
+def _hold_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+        # Ours, and not the caller's, who has time left for another worker.
+        return _gone(f"did not answer in {_HOLD_TIMEOUT_S:g} s")
+    return from_rpc_error(error)
 
 
 def _gone(what: str) -> UnavailableError:

@@ -101,12 +101,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ttl_s=self._settings.lease_ttl_s,
             waits=turn.request.wait_if_busy,
         ):
+            # Before the result is looked for: a worker whose gateway died may commit this very turn
+            # now. Between the two, its result is found; behind both, our commit is a conflict.
+            manifest, _ = await read_manifest(self._store, tenant, session_id)
             if turn.request.request_id:
                 result = await stored_result(self._store, tenant, turn.request)
                 if result is not None:
                     return await replay(turn, result)
             await self._quotas.check_stored_bytes()
-            manifest, _ = await read_manifest(self._store, tenant, session_id)
             _check_model(turn.request.model, manifest)
             return await self._turns.run(turn, manifest)
 

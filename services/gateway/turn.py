@@ -9,13 +9,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
 from chunkserve.v1 import decode_pb2, inference_pb2, manifest_pb2, prefill_pb2, types_pb2
 from services.gateway.channels import WorkerChannels
+from services.gateway.feeds import Event
 from services.gateway.manifests import num_cached_tokens
 from services.gateway.routing import Router, ask_one_after_another
 from services.runtime.errors import (
@@ -306,7 +306,7 @@ class TurnRunner:
         )
         request.manifest.token_ids.extend(relay.token_ids)
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
-        async with aclosing(call) as events:
+        async with call as events:
             async for event in events:
                 await relay.forward(event)
         return relay.finish()
@@ -352,25 +352,25 @@ class _Relay:
         self._num_chars = 0
         self._finish: types_pb2.Finish | None = None
 
-    async def forward(self, event: decode_pb2.DecodeResponse) -> None:
+    async def forward(self, event: Event) -> None:
         """Send the event on, unless a worker before sent it; keep the last one."""
-        match event.WhichOneof("event"):
-            case "started":
+        match event:
+            case decode_pb2.DecodeStarted():
                 if not self.has_begun:
                     self.has_begun = True
-                    info = _prompt_info(self.prompt, event.started)
+                    info = _prompt_info(self.prompt, event)
                     _log_prompt(info)
                     await self.turn.send(inference_pb2.GenerateResponse(prompt_info=info))
-            case "delta":
+            case types_pb2.TokenDelta():
                 if not self.token_ids:
                     add_request_fields(first_token_ms=_ms_since(self.turn.started_at))
                 # Known to be sent before it is: gRPC sends it even if this is cancelled here.
-                self.token_ids.extend(event.delta.token_ids)
-                self._num_chars += len(event.delta.text)
-                await self.turn.send(inference_pb2.GenerateResponse(delta=event.delta))
-            case "finish":
-                self._finish = event.finish
-                add_request_fields(num_generated_tokens=event.finish.num_generated_tokens)
+                self.token_ids.extend(event.token_ids)
+                self._num_chars += len(event.text)
+                await self.turn.send(inference_pb2.GenerateResponse(delta=event))
+            case types_pb2.Finish():
+                self._finish = event
+                add_request_fields(num_generated_tokens=event.num_generated_tokens)
 
     async def send_rest(self, answer: types_pb2.TokenDelta) -> None:
         """Send what is left of a whole answer."""

@@ -136,8 +136,10 @@ class PrefillRunner:
                 before_chunk=check,
             )
             computed = time.perf_counter()
-            if policy is not None and policy.scorer == "reconstruction":
-                prefilled = chunkkv.reconstruct(model, prefilled, input_ids, before_chunk=check)
+            if policy is not None:
+                prefilled = chunkkv.repeat(
+                    model, prefilled, input_ids, (policy.scorer,), before_chunk=check
+                )
             if policy is not None and policy.unit == "sentence":
                 ends = self._ends_of(input_ids)
                 prefilled = dataclasses.replace(prefilled, sentence_ends=ends)

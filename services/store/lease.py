@@ -38,7 +38,7 @@ async def turn_lease(
 
     The lease is renewed every third of ``ttl_s``, and with it the session, so that it does not
     expire during its own turn. If it is lost, the block is cancelled: another turn may have begun,
-    and two must not commit.
+    and two must not commit. The error says so, unless it ran out because the store was away.
 
     Args:
         store: Where the session is.
@@ -51,6 +51,7 @@ async def turn_lease(
     Raises:
         ConflictError: Another turn holds it (reason ``SESSION_BUSY``), or it was lost
             (``LEASE_LOST``).
+        UnavailableError: The store is away, or was for longer than the lease lives.
     """
 
     async def take() -> str:
@@ -182,11 +183,17 @@ async def _held(
     ttl_s: float,
 ) -> AsyncIterator[None]:
     """Renew what was taken while the block runs, and give it back however the block ends."""
+    has_ended = asyncio.Event()
     try:
         async with asyncio.TaskGroup() as tasks:
-            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s))
-            yield
-            renewal.cancel()
+            renewal = tasks.create_task(_renew(partial(renew, token), ttl_s, has_ended))
+            try:
+                yield
+            finally:
+                # Both: a cancellation alone can be lost in a command to the store (``end_task``
+                # says how). The group would then wait, and the lease be kept, for ever.
+                has_ended.set()
+                renewal.cancel()
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
@@ -226,15 +233,23 @@ async def _wait_for(take: Callable[[], Awaitable[str]]) -> str:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
-async def _renew(renew: Callable[[], Awaitable[None]], ttl_s: float) -> None:
+async def _renew(
+    renew: Callable[[], Awaitable[None]], ttl_s: float, has_ended: asyncio.Event
+) -> None:
     renewed_at = time.monotonic()
-    while True:
+    outage: UnavailableError | None = None
+    while not has_ended.is_set():
         await asyncio.sleep(ttl_s / 3)
         try:
             await renew()
-        except UnavailableError:
+        except UnavailableError as error:
             # A store that is back before the lease has run out does no harm.
             if time.monotonic() - renewed_at >= ttl_s:
                 raise
+            outage = error
             continue
-        renewed_at = time.monotonic()
+        except ConflictError:
+            if outage is not None:  # in which it ran out, between two attempts: say that
+                raise outage from None
+            raise
+        renewed_at, outage = time.monotonic(), None

@@ -49,7 +49,7 @@ return 1
 # KEYS: manifest, turn results, turn order, reserved segments. ARGV: expected version, body,
 # lifetime, segments, and, if the turn has a result, its request id and body. Answers {version,
 # created_us, reserved segments, segments of the version before}: the new version, or the stored one
-# negated; nothing if it is gone.
+# negated; nothing if it is gone. What is reserved stays noted until it is released.
 _COMMIT: Final = f"""
 local stored = redis.call('HMGET', KEYS[1], 'version', 'created_us', 'segments')
 if not stored[1] then
@@ -68,9 +68,7 @@ if ARGV[5] then
   end
 end
 for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
-local reserved = redis.call('SMEMBERS', KEYS[4])
-redis.call('DEL', KEYS[4])
-return {{version, stored[2], reserved, stored[3]}}
+return {{version, stored[2], redis.call('SMEMBERS', KEYS[4]), stored[3]}}
 """
 
 # KEYS: manifest, turn results, turn order, reserved segments.
@@ -168,6 +166,7 @@ class RedisSessions(RedisAccounts):
         """Replace version ``expected_version`` and return the new one, all or nothing."""
         lifetime = ttl_ms(ttl_s)
         named = list(dict.fromkeys(segment_ids))
+        notes = keys.reserved_segments(tenant, session_id)
         with self._breaker.guard():
             async with (
                 self._conflict_first(tenant, session_id, expected_version),
@@ -175,10 +174,7 @@ class RedisSessions(RedisAccounts):
                 self._owned(tenant, session_id, named, lifetime) as size_bytes,
             ):
                 answer = await self._commit(
-                    keys=[
-                        *_session_keys(tenant, session_id),
-                        keys.reserved_segments(tenant, session_id),
-                    ],
+                    keys=[*_session_keys(tenant, session_id), notes],
                     args=[expected_version, body, lifetime, _joined(named), *(result or ())],
                 )
                 if not answer:
@@ -193,9 +189,13 @@ class RedisSessions(RedisAccounts):
                 size_bytes=size_bytes,
                 lifetime=lifetime,
             )
-            dropped = {*dropped_segment_ids, *_split(answer[3])} - {*named}
+            reserved = _decoded(answer[2])
+            # A commit that was cut off may have made the session own what it does not name.
+            dropped = {*dropped_segment_ids, *_split(answer[3]), *reserved} - {*named}
             await self._release(keys.owner(tenant, session_id), dropped)
-            await self._release(keys.reserver(tenant, session_id), _decoded(answer[2]))
+            await self._release(keys.reserver(tenant, session_id), reserved)
+            if reserved:  # else, cut off before this, the next commit does it again
+                await self._client.srem(notes, *reserved)
         return version
 
     async def get_turn_result(self, tenant: str, session_id: str, request_id: str) -> bytes | None:
@@ -217,7 +217,9 @@ class RedisSessions(RedisAccounts):
             if created_us is None:
                 raise _not_found(session_id)
             await self._strike(tenant, session_id, created_us=int(created_us))
-            await self._release(keys.owner(tenant, session_id), _split(named))
+            # A commit that was cut off may have made the session own what it does not name.
+            owned = dict.fromkeys([*_split(named), *_decoded(reserved)])
+            await self._release(keys.owner(tenant, session_id), owned)
             await self._release(keys.reserver(tenant, session_id), _decoded(reserved))
 
     async def release_segments(

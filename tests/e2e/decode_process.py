@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import multiprocessing
+import os
 import signal
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -40,16 +42,20 @@ class DecodeProcess:
 
     Args:
         worker_id: Unique among all workers that ever lived.
+        log: Where its output goes.
         settings: Of the worker (:class:`DecodeSettings`).
     """
 
-    def __init__(self, worker_id: str, **settings: Any) -> None:
+    def __init__(self, worker_id: str, log: Path, **settings: Any) -> None:
         self.worker_id = worker_id
         self._is_ready = False
         self._commands, commands = _context.Pipe()
         self._held, held = _context.Pipe(duplex=False)
         self._process = _context.Process(
-            target=_run, args=(worker_id, settings, commands, held), name=worker_id, daemon=True
+            target=_run,
+            args=(worker_id, log, settings, commands, held),
+            name=worker_id,
+            daemon=True,
         )
         self._process.start()
         for pipe in (commands, held):
@@ -101,8 +107,13 @@ class DecodeProcess:
 # In the worker's process.
 
 
-def _run(worker_id: str, settings: dict[str, Any], commands: Connection, held: Connection) -> None:
+def _run(
+    worker_id: str, log: Path, settings: dict[str, Any], commands: Connection, held: Connection
+) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with log.open("ab") as out:
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
     # Progress bars have locks, which otherwise have names that nobody removes after a kill.
     multiprocessing.set_start_method("fork", force=True)
     asyncio.run(_serve(worker_id, DecodeSettings(**settings), commands, _Hold(held)))

@@ -30,9 +30,13 @@ from services.store.embedded import EmbeddedOptions, EmbeddedValkey
 from tests.e2e.decode_process import DecodeProcess
 
 WAIT_S: Final = 90.0
-HEARTBEAT_TTL_S: Final = 1.0
+# Heartbeats that come late, because other processes have the processor, are no deaths: neither in
+# a quiet moment, nor behind an outage of the store, which a worker may notice the end of a second
+# later than the gateway does.
+HEARTBEAT_TTL_S: Final = 3.0
 
 _HEARTBEAT_S: Final = 0.2
+_NUM_LAST_LINES: Final = 50
 _STOP_S: Final = 10.0
 _POLL_S: Final = 0.02
 
@@ -48,7 +52,9 @@ class PrefillProcess:
 
     async def worker_id(self) -> str:
         """Wait until it serves; return its id."""
-        event: dict[str, str] = await eventually(lambda: _logged(self._child, "prefill.ready"))
+        event: dict[str, str] = await eventually(
+            lambda: _logged(self._child, "prefill.ready"), state=self._child.last_words
+        )
         return event["worker_id"]
 
     async def metric(self, name: str, **labels: str) -> float:
@@ -99,6 +105,8 @@ class ProcessStack:
         self._address = _free_address()
         self._gateway: Child | None = None
         self._num_started = 0
+        self._store_ended_at = 0.0  # time.monotonic()
+        self._read_up_to: dict[Path, int] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -141,6 +149,7 @@ class ProcessStack:
         worker_id = f"decode-{self._num_started}"
         self.decode[worker_id] = DecodeProcess(
             worker_id,
+            self._directory / f"{worker_id}.log",
             model=str(self._model),
             dtype="float32",
             torch_threads=1,
@@ -148,7 +157,6 @@ class ProcessStack:
             redis_url=self.store.url,
             heartbeat_s=_HEARTBEAT_S,
             heartbeat_ttl_s=HEARTBEAT_TTL_S,
-            log_level="error",
         )
 
     def start_gateway(self) -> None:
@@ -179,11 +187,21 @@ class ProcessStack:
         with redis.Redis.from_url(self.store.url) as admin:
             admin.shutdown()
         self.store.stop()
+        self._store_ended_at = time.monotonic()
 
     def kill_store(self) -> None:
         """Kill the store with SIGKILL."""
         os.kill(self.store.pid, signal.SIGKILL)
         self.store.stop()
+        self._store_ended_at = time.monotonic()
+
+    async def heartbeats_expired(self) -> None:
+        """Wait until all that workers announced before the store ended has expired.
+
+        Time alone does that, on the server's clock, whether it runs or not.
+        """
+        over_s = time.monotonic() - self._store_ended_at
+        await asyncio.sleep(max(HEARTBEAT_TTL_S - over_s, 0.0))
 
     async def ready(self) -> None:
         """Wait until all workers serve, and the gateway knows them."""
@@ -200,7 +218,19 @@ class ProcessStack:
                         return (model.num_prefill_workers, model.num_decode_workers) == expected
                 return False
 
-            await eventually_async(is_known)
+            await eventually_async(
+                is_known, state=lambda: f"{expected} workers; {self.new_log_lines()}"
+            )
+
+    def new_log_lines(self) -> str:
+        """Return what the processes have logged since the last call, the last lines of each."""
+        found = []
+        for log in sorted(self._directory.glob("*.log")):
+            text = log.read_text(errors="replace")
+            lines = text[self._read_up_to.get(log, 0) :].splitlines()[-_NUM_LAST_LINES:]
+            self._read_up_to[log] = len(text)
+            found += [f"{log.stem}: {line}" for line in lines]
+        return "\n".join(found)
 
     def _start(self, service: str, **settings: str) -> Child:
         self._num_started += 1
@@ -231,20 +261,27 @@ class ProcessStack:
         self.store.stop()
 
 
-async def eventually(look: Callable[[], T | None]) -> T:
-    """Return what there is to see, as soon as it is there."""
+async def eventually(look: Callable[[], T | None], *, state: Callable[[], object]) -> T:
+    """Return what there is to see, as soon as it is there; see :func:`eventually_async`."""
 
     async def look_async() -> T | None:
         return look()
 
-    return await eventually_async(look_async)
+    return await eventually_async(look_async, state=state)
 
 
-async def eventually_async(look: Callable[[], Awaitable[T | None]]) -> T:
-    """Return what there is to see, as soon as it is there."""
+async def eventually_async(
+    look: Callable[[], Awaitable[T | None]], *, state: Callable[[], object]
+) -> T:
+    """Return what there is to see, as soon as it is there.
+
+    Args:
+        look: Returns it; something false as long as it is not there.
+        state: Returns what there is instead, for the error if it never comes.
+    """
     deadline = time.monotonic() + WAIT_S
     while not (seen := await look()):
-        assert time.monotonic() < deadline, f"not seen within {WAIT_S} s"
+        assert time.monotonic() < deadline, f"not seen within {WAIT_S} s, but: {state()}"
         await asyncio.sleep(_POLL_S)
     return seen
 

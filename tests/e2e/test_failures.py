@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,12 +28,12 @@ from chunkserve_client import (
     Generation,
     Result,
     Session,
+    SessionBusy,
     Unavailable,
 )
 from services.store import Store, open_store
 from tests.e2e.decode_process import AFTER_COMMIT, BEFORE_COMMIT
 from tests.e2e.process_stack import (
-    HEARTBEAT_TTL_S,
     PrefillProcess,
     ProcessStack,
     eventually,
@@ -56,7 +57,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessStack
     byte_tokenizer().save_pretrained(model)
     # In small steps, so that a prefill has a middle.
     prefill = {"MIN_COMPRESS_TOKENS": "16", "PREFILL_CHUNK_TOKENS": "2", "SEGMENT_LEASE_S": "1"}
-    with ProcessStack(directory, model, prefill=prefill, gateway={"LEASE_TTL_S": "2"}) as stack:
+    # A gateway that gets no processor for a while keeps its leases; one that is killed soon loses
+    # them.
+    with ProcessStack(directory, model, prefill=prefill, gateway={"LEASE_TTL_S": "10"}) as stack:
         yield stack
 
 
@@ -64,12 +67,24 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessStack
 async def stack(processes: ProcessStack) -> AsyncIterator[ProcessStack]:
     """The stack with all its workers. Afterwards, a session that is deleted leaves nothing."""
     await processes.ready()
+    processes.new_log_lines()
     yield processes
+    print(processes.new_log_lines())  # pytest shows it if the test has failed
     async with processes.client() as client:
+        await eventually_async(
+            lambda: has_no_session(client), state=lambda: "a turn still runs in one of them"
+        )
+    with redis.Redis.from_url(processes.store.url) as admin:
+        await eventually(lambda: not left_of_sessions(admin), state=lambda: left_of_sessions(admin))
+
+
+async def has_no_session(client: Client) -> bool:
+    """Delete all sessions; not yet, if a turn of a test that has failed still runs."""
+    with suppress(SessionBusy):
         async for session in client.list_sessions():
             await session.delete()
-    with redis.Redis.from_url(processes.store.url) as admin:
-        await eventually(lambda: not left_of_sessions(admin))
+        return True
+    return False
 
 
 @pytest.fixture
@@ -85,13 +100,17 @@ async def store(stack: ProcessStack) -> AsyncIterator[Store]:
     await opened.close()
 
 
-def left_of_sessions(admin: redis.Redis) -> list[bytes]:
-    """Return the keys that are there for sessions.
+def left_of_sessions(admin: redis.Redis) -> Mapping[str, object]:
+    """Return the keys that are there for sessions; of sorted sets with their members.
 
     One-off requests whose worker was killed leave segments, which nobody owns and which expire.
     """
     suffixes = (b":owners", b":manifest", b":lease", b":results", b":turns", b"}:account")
-    return [key for key in admin.scan_iter(count=1000) if key.endswith(suffixes)]
+    left = [key for key in admin.scan_iter(count=1000) if key.endswith(suffixes)]
+    return {
+        key.decode(): admin.zrange(key, 0, -1) if admin.type(key) == b"zset" else admin.pttl(key)
+        for key in left
+    }
 
 
 @dataclass(frozen=True)
@@ -311,12 +330,17 @@ async def test_prefill_workers_killed_during_turns_change_no_answer(
     for num_turns in (0, 1):
         sessions = [await session_after(client, c[:num_turns]) for c in conversations]
         await stack.ready()
+        await eventually_async(
+            lambda: no_prefill_worker_is_busy(store), state=lambda: "one is, of the turns before"
+        )
         turns = [
             asyncio.create_task(ask(client, questions[num_turns], session.session_id).result())
             for questions, session in zip(conversations, sessions, strict=True)
         ]
         answers = [asyncio.create_task(ask(client, q).result()) for q in beside]
-        busy = await eventually_async(lambda: busy_prefill_worker(store))
+        busy = await eventually_async(
+            lambda: busy_prefill_worker(store), state=partial(repr, turns)
+        )
         assert not all(turn.done() for turn in turns)
         await stack.kill_prefill(busy)
         stack.add_prefill()
@@ -332,16 +356,23 @@ async def test_the_death_of_the_worker_that_computes_a_shared_prompt_ends_nobody
     stack: ProcessStack, client: Client, store: Store
 ) -> None:
     rng = random.Random(43)
-    first = question(rng, 1200)
-    questions = [first, replace(first, options=first.options | {"seed": 1, "temperature": 0.8})]
+    first = question(rng, 600)
+    # Three: of two, both would go to one worker if the other one's load was seen a moment ago.
+    questions = [first]
+    for seed in (1, 2):
+        options = first.options | {"seed": seed, "temperature": 0.8}
+        questions.append(replace(first, options=options))
     expected = [await undisturbed(client, store, [asked]) for asked in questions]
     sessions = [await session_after(client, []) for _ in questions]
+    before = {worker: await num_waits(worker) for worker in stack.prefill}
 
     turns = [
         asyncio.create_task(ask(client, asked, session.session_id).result())
         for asked, session in zip(questions, sessions, strict=True)
     ]
-    waiting = await eventually_async(lambda: waiting_prefill_worker(stack))
+    waiting = await eventually_async(
+        lambda: waiting_prefill_worker(before), state=partial(repr, turns)
+    )
     [computing] = [worker for worker in stack.prefill if worker is not waiting]
     computing.kill()
     stack.prefill.remove(computing)
@@ -361,12 +392,24 @@ async def busy_prefill_worker(store: Store) -> str | None:
     return None
 
 
-async def waiting_prefill_worker(stack: ProcessStack) -> PrefillProcess | None:
-    """Return the prefill worker that waits for what another one computes."""
-    for worker in stack.prefill:
-        if await worker.metric("chunkserve_prefill_single_flight_waits_total", where="cluster"):
+async def no_prefill_worker_is_busy(store: Store) -> bool:
+    """Whether none has anything to do, nor says so of a moment ago."""
+    return await busy_prefill_worker(store) is None
+
+
+async def waiting_prefill_worker(
+    before: Mapping[PrefillProcess, float],
+) -> PrefillProcess | None:
+    """Return the prefill worker that waits, other than before, for what another one computes."""
+    for worker, num_before in before.items():
+        if await num_waits(worker) > num_before:
             return worker
     return None
+
+
+async def num_waits(worker: PrefillProcess) -> float:
+    """Return how often a worker has waited, in its life, for what another one computed."""
+    return await worker.metric("chunkserve_prefill_single_flight_waits_total", where="cluster")
 
 
 # The gateway dies.
@@ -419,22 +462,25 @@ async def test_sessions_lose_no_turn_when_the_store_ends_under_load(
 ) -> None:
     talks = [Talk(client, await session_after(client, []), seed) for seed in range(4)]
     one_offs = Talk(client, None, 4)
+
+    def told() -> object:
+        return [(len(talk.answers), talk.errors[-3:]) for talk in (*talks, one_offs)]
+
     async with asyncio.TaskGroup() as tasks:
         for talk in (*talks, one_offs):
             tasks.create_task(talk.run())
-        await eventually(lambda: all(len(talk.answers) >= 2 for talk in talks))
+        await eventually(lambda: all(len(talk.answers) >= 2 for talk in talks), state=told)
         if ends == "killed":
             stack.kill_store()
         else:
             stack.shut_down_store()
-        await eventually(lambda: all(talk.errors for talk in talks))
-        # By then the registry has forgotten all workers.
-        await asyncio.sleep(2 * HEARTBEAT_TTL_S)
+        await eventually(lambda: all(talk.errors for talk in talks), state=told)
+        await stack.heartbeats_expired()  # so that the registry has forgotten all workers
         stack.store.start()
         num_before = [len(talk.answers) for talk in talks]
-        await eventually(lambda: num_more(talks, num_before) >= 1)
+        await eventually(lambda: num_more(talks, num_before) >= 1, state=told)
         num_errors = [len(talk.errors) for talk in talks]
-        await eventually(lambda: num_more(talks, num_before) >= 3)
+        await eventually(lambda: num_more(talks, num_before) >= 3, state=told)
         for talk in (*talks, one_offs):
             talk.is_over = True
 
@@ -469,11 +515,13 @@ async def test_one_off_requests_go_on_without_the_store(
     try:
         with pytest.raises(Unavailable) as caught:
             await ask(client, asked, session.session_id).result()
-        await asyncio.sleep(2 * HEARTBEAT_TTL_S)  # longer than any view of the workers is fresh
+        await stack.heartbeats_expired()  # which the view of the workers outlives
         without = [said(await ask(client, asked).result()) for _ in range(3)]
     finally:
         stack.store.start()
-    await eventually_async(lambda: answered(client, asked, session))
+    await eventually_async(
+        lambda: answered(client, asked, session), state=lambda: "the store is away"
+    )
 
     assert caught.value.reason == "STORE_UNAVAILABLE"
     assert caught.value.retry_after_s

@@ -12,6 +12,7 @@ import pytest
 
 from chunkserve.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 from services.decode.feeds import TokenFeed, TokenFeeds
+from services.gateway import feeds
 from services.gateway.channels import WorkerChannels
 from services.runtime.errors import UnavailableError
 from services.runtime.interceptors import ServicerContext
@@ -37,6 +38,7 @@ class PacedDecode(decode_pb2_grpc.DecodeServiceServicer):
         self.may_go_on.set()
         self.sends_finish_first = False
         self.pauses_at = -1
+        self.answers_holds = True
 
     async def FeedTokens(  # type: ignore[override]  # writes to the context
         self, request: decode_pb2.FeedTokensRequest, context: ServicerContext
@@ -59,7 +61,9 @@ class PacedDecode(decode_pb2_grpc.DecodeServiceServicer):
         if request.is_held:
             self.may_go_on.clear()
             self.is_held.set()
-        else:
+        if not self.answers_holds:
+            await asyncio.Event().wait()
+        if not request.is_held:
             self.may_go_on.set()
         return decode_pb2.HoldTokensResponse()
 
@@ -107,6 +111,23 @@ async def test_a_slow_reader_pauses_its_call_and_loses_nothing(cluster: FakeClus
     assert paced.holds[:2] == [True, False]
 
 
+async def test_a_worker_that_does_not_answer_a_pause_is_unavailable(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "_HOLD_TIMEOUT_S", 0.05)
+    paced = await start(cluster)
+    paced.pauses_at = NUM_TOKENS - 50
+    paced.answers_holds = False
+    call: Any = cluster.inference.Generate(generate_request(), timeout=WAIT_S)
+    await call.read()
+
+    await asyncio.wait_for(paced.is_held.wait(), WAIT_S)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_rest(call)
+
+    assert error_info(caught.value).reason == "WORKER_UNAVAILABLE"
+
+
 async def test_the_end_waits_for_the_tokens(cluster: FakeCluster) -> None:
     paced = await start(cluster)
     paced.sends_finish_first = True
@@ -143,7 +164,8 @@ async def test_a_worker_that_opens_no_feed_is_unavailable() -> None:
     worker = worker_info(address=f"127.0.0.1:{await server.start()}")
     try:
         with pytest.raises(UnavailableError) as caught:
-            await anext(channels.decode(worker, decode_pb2.DecodeRequest(), timeout_s=WAIT_S))
+            async with channels.decode(worker, decode_pb2.DecodeRequest(), timeout_s=WAIT_S):
+                pass
         assert caught.value.error_reason == "WORKER_STOPPED"
     finally:
         await channels.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from unittest.mock import AsyncMock
 
 import grpc.aio
 import pytest
 
-from chunkserve.v1 import types_pb2
+from chunkserve.v1 import manifest_pb2, types_pb2
+from services.runtime.errors import UnavailableError
 from tests.fakes import ANSWER, WAIT_S, FakeCluster, FakeDecode, error_info, generate_request
 
 
@@ -165,3 +167,32 @@ async def test_the_same_request_while_its_turn_runs_waits_for_its_result(
 
     assert (await again)[-1] == (await first)[-1]
     assert len(decode.requests) == 1
+
+
+async def test_a_turn_that_a_worker_commits_while_it_is_repeated_is_one_turn(
+    cluster: FakeCluster, decode: FakeDecode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = cluster.store
+    # A gateway that is killed gives nothing back, and its worker goes on.
+    monkeypatch.setattr(store, "release_reserved", AsyncMock())
+    decode.errors_at_end = [UnavailableError("gone", reason="WORKER_UNAVAILABLE")]
+    with pytest.raises(grpc.aio.AioRpcError):
+        await ask(cluster, request_id="r-1")
+    [late] = decode.requests
+    late.manifest.token_ids.extend(ANSWER)
+    look, commits = store.get_turn_result, [decode._commit]
+
+    async def look_before_the_commit(*args: Any) -> bytes | None:
+        found = await look(*args)
+        while commits:
+            await commits.pop()(late, types_pb2.Finish(num_generated_tokens=len(ANSWER)))
+        return found
+
+    monkeypatch.setattr(store, "get_turn_result", look_before_the_commit)
+
+    again = await ask(cluster, request_id="r-1")
+
+    assert b"".join(bytes(event.delta.token_ids) for event in again) == ANSWER
+    assert again[-1].WhichOneof("event") == "finish"
+    stored = await store.get_manifest("default", "s-1")
+    assert manifest_pb2.Manifest.FromString(stored.body).num_turns == 1

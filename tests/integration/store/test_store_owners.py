@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import redis
 
 from services.runtime.errors import (
     AlreadyExistsError,
     ConflictError,
     CorruptError,
     NotFoundError,
+    UnavailableError,
 )
 from services.store import Store, keys, segments
 from services.store.base import SegmentOwner, TurnRecord
@@ -401,6 +404,66 @@ async def test_a_copy_that_was_replaced_meanwhile_is_found(
 
     assert has(store, "a")
     assert stale == []
+
+
+class CutStore(RedisStore):
+    """A store that goes away in the middle of a commit, once.
+
+    Attributes:
+        cut: The script, or the method, that finds nobody to talk to.
+    """
+
+    cut = ""
+
+    async def commit_manifest(self, *args: Any, **options: Any) -> int:
+        if not self.cut:
+            return await super().commit_manifest(*args, **options)
+        cut, self.cut = self.cut, ""
+        whole = getattr(self, cut)
+        setattr(self, cut, self._is_away)
+        try:
+            return await super().commit_manifest(*args, **options)
+        finally:
+            setattr(self, cut, whole)
+
+    async def _is_away(self, *args: Any, **options: Any) -> None:
+        raise redis.ConnectionError("away")
+
+
+# In the order in which a commit comes to them.
+CUTS = ["_commit", "_enlist", "_release"]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_a_deleted_session_frees_what_a_commit_that_was_cut_off_had_owned(server, cut: str):
+    store = CutStore(parse_store_url(server.url))
+    await create(store, "s")
+    put(store, "new", session_id="s")
+    store.cut = cut
+    with pytest.raises(UnavailableError):
+        await commit(store, "s", "new")
+
+    await store.delete_manifest("default", "s")
+
+    assert server.holders() == {}
+    await store.close()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+async def test_the_next_commit_frees_what_one_that_was_cut_off_had_owned(server, cut: str):
+    store = CutStore(parse_store_url(server.url))
+    put(store, "a")
+    await create(store, "s", "a")
+    put(store, "new", session_id="s")
+    store.cut = cut
+    with pytest.raises(UnavailableError):
+        await commit(store, "s", "a", "new")
+
+    await commit(store, "s", "a", version=1 if cut == "_commit" else 2)
+
+    assert names(server, "new") == []
+    assert not [key for key in server.holders() if key.endswith(":reserved")]
+    await store.close()
 
 
 # Results of turns

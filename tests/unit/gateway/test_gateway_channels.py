@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Any
 
 import grpc.aio
+import pytest
 
 from chunkserve.v1 import prefill_pb2, prefill_pb2_grpc
+from services.gateway import channels as channels_module
 from services.gateway.channels import WorkerChannels
 from services.runtime.server import GrpcServer
 from tests.fakes import worker_info
@@ -62,3 +65,63 @@ async def test_a_channel_is_shared_until_its_worker_is_gone_and_idle() -> None:
     assert first == second == third != fourth
     assert servicer.num_calls == [1, 1, 1, 1]
     assert channels.num_calls(servicer.address) == 0
+
+
+class SlowChannel:
+    """A channel that takes its time to close."""
+
+    def __init__(self) -> None:
+        self.is_closing = asyncio.Event()
+        self.may_close = asyncio.Event()
+
+    async def close(self) -> None:
+        assert not self.is_closing.is_set(), "closed twice"
+        self.is_closing.set()
+        await self.may_close.wait()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, SlowChannel]:
+    """The channels that are opened, by address."""
+    opened: dict[str, SlowChannel] = {}
+
+    def open_channel(address: str) -> SlowChannel:
+        return opened.setdefault(address, SlowChannel())
+
+    monkeypatch.setattr(channels_module, "open_channel", open_channel)
+    return opened
+
+
+async def test_a_call_that_begins_while_another_channel_closes_keeps_its_own(
+    opened: dict[str, SlowChannel],
+) -> None:
+    channels = WorkerChannels()
+    for address in ("a", "b"):
+        with channels._use(address):
+            pass
+    pruning = asyncio.create_task(channels.prune([]))
+    await opened["a"].is_closing.wait()
+
+    with channels._use("b"):
+        opened["a"].may_close.set()
+        await pruning
+
+    assert not opened["b"].is_closing.is_set()
+
+
+async def test_two_turns_that_prune_at_once_close_each_channel_once(
+    opened: dict[str, SlowChannel],
+) -> None:
+    channels = WorkerChannels()
+    for address in ("a", "b"):
+        with channels._use(address):
+            pass
+    opened["b"].may_close.set()
+    pruning = asyncio.create_task(channels.prune([]))
+    await opened["a"].is_closing.wait()
+
+    await channels.prune([])
+    opened["a"].may_close.set()
+    await pruning
+
+    assert opened["b"].is_closing.is_set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -87,6 +88,14 @@ async def test_a_store_that_stays_away_ends_the_turn() -> None:
             await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
 
 
+async def test_a_lease_that_ran_out_while_the_store_was_away_is_lost_to_the_outage() -> None:
+    store = LeaseStore(UnavailableError("away"), False)
+
+    with pytest.raises(UnavailableError, match="away"):
+        async with lease(store, ttl_s=0.3):
+            await asyncio.wait_for(asyncio.Event().wait(), WAIT_S)
+
+
 async def test_an_error_of_the_turn_comes_out_as_it_is_and_frees_the_lease() -> None:
     store = LeaseStore()
 
@@ -94,6 +103,44 @@ async def test_an_error_of_the_turn_comes_out_as_it_is_and_frees_the_lease() -> 
         async with lease(store):
             raise NotFoundError("gone")
 
+    assert not store.is_held
+
+
+class LosingStore(LeaseStore):
+    """A store in whose first renewal a cancellation is lost, because the answer has just come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_renewing = asyncio.Event()
+        self.num_lost = 0
+
+    async def renew_lease(self, tenant: str, session_id: str, token: str, *, ttl_s: float) -> bool:
+        self.is_renewing.set()
+        if not self.num_lost:
+            # What ``asyncio.wait_for`` of Python 3.11 does, by which redis-py sends a command.
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            self.num_lost += 1
+        return True
+
+
+@pytest.mark.parametrize("error", [None, NotFoundError("gone")], ids=["well", "early"])
+async def test_a_turn_ends_although_the_cancellation_of_its_renewal_is_lost(
+    error: NotFoundError | None,
+) -> None:
+    store = LosingStore()
+
+    async def turn() -> None:
+        async with lease(store):
+            await store.is_renewing.wait()
+            if error is not None:
+                raise error
+
+    ended, _ = await asyncio.wait([task := asyncio.create_task(turn())], timeout=WAIT_S)
+
+    assert ended, "the turn still waits for its renewal"
+    assert task.exception() is error
+    assert store.num_lost == 1
     assert not store.is_held
 
 

@@ -1,0 +1,5 @@
+"""``python -m chunkkv.cli`` is ``chunkkv``."""
+
+from chunkkv.cli import main
+
+main()

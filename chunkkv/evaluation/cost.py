@@ -1,0 +1,98 @@
+"""What compression costs: bytes in each precision, and time beside the prefill's."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from chunkkv.codec import encode
+from chunkkv.compressed import CompressedKV
+from chunkkv.compressor import compress
+from chunkkv.evaluation.contexts import prefill_context
+from chunkkv.policy import CompressionPolicy, Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one policy costs on one text.
+
+    Attributes:
+        stored_bytes: By precision: keys, values, positions and scores as they are stored.
+        full_bytes: Keys and values of the full cache.
+        observe_ms: What scoring adds to the prefill: observers, and a repetition if there is one.
+        select_ms: Scores that need no forward pass, selection and gathering; median.
+        prefill_ms: The prefill alone; median.
+    """
+
+    stored_bytes: dict[Precision, int]
+    full_bytes: int
+    observe_ms: float
+    select_ms: float
+    prefill_ms: float
+
+    @property
+    def share_of_prefill(self) -> float:
+        """Time of the compression, as a fraction of the prefill's."""
+        return (self.observe_ms + self.select_ms) / self.prefill_ms
+
+
+def measure_cost(
+    model: Any, token_ids: Sequence[int], policies: Sequence[CompressionPolicy], *, repeats: int = 3
+) -> list[Cost]:
+    """Return what each policy costs on one text.
+
+    Args:
+        model: A transformers decoder.
+        token_ids: The text.
+        policies: What is measured.
+        repeats: Times that everything is timed, at least 1; the median counts.
+    """
+    bare = CompressionPolicy(scorer="recency", window_size=1)
+    prefill_context(model, token_ids, [bare])  # first calls pay for more than themselves
+    prefill_ms = _median_ms(lambda: prefill_context(model, token_ids, [bare]), repeats)
+    observed_ms: dict[str, float] = {}
+    costs = []
+    for policy in policies:
+        if policy.scorer not in observed_ms:
+            observed_ms[policy.scorer] = _median_ms(
+                lambda policy=policy: prefill_context(model, token_ids, [policy]),  # type: ignore[misc]
+                repeats,
+            )
+        prefilled = prefill_context(model, token_ids, [policy]).prefilled
+        span = compress(prefilled, policy)[0]
+        costs.append(
+            Cost(
+                stored_bytes={
+                    precision: _stored_bytes(span, precision) for precision in get_args(Precision)
+                },
+                full_bytes=sum(
+                    tensor.numel() * tensor.element_size()
+                    for layer in prefilled.cache.layers
+                    for tensor in (layer.keys, layer.values)
+                ),
+                observe_ms=max(0.0, observed_ms[policy.scorer] - prefill_ms),
+                select_ms=_median_ms(
+                    lambda prefilled=prefilled, policy=policy: compress(prefilled, policy),  # type: ignore[misc]
+                    repeats,
+                ),
+                prefill_ms=prefill_ms,
+            )
+        )
+    return costs
+
+
+def _stored_bytes(span: CompressedKV, precision: Precision) -> int:
+    changed = CompressedKV(replace(span.shape, precision=precision), span.memory.to("cpu"))
+    return sum(map(len, encode(changed, identity="cost").parts))
+
+
+def _median_ms(action: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(max(1, repeats)):
+        start = time.perf_counter()
+        action()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)

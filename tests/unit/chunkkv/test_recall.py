@@ -1,0 +1,168 @@
+"""``recall`` against a model that is run anew, piece by piece, with eager attention in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, prompts, tiny_model
+
+import chunkkv
+from chunkkv import CompressionPolicy, InvalidInputError, KVCache
+from chunkkv.cache import KeptLayer
+from chunkkv.scoring import layer_scores
+from chunkkv.scoring import recall as recall_module
+
+POLICY = CompressionPolicy(scorer="recall", keep_ratio=0.5, chunk_size=5, window_size=8)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recall_module, "REPEATED_TOKENS", 16)
+    monkeypatch.setattr(recall_module, "LEAD_TOKENS", 3)
+    monkeypatch.setattr(recall_module, "SINK_TOKENS", 2)
+
+
+def slow_recall(family: str, ids: torch.Tensor, before: int = 0) -> dict[int, torch.Tensor]:
+    """Return the scores of one text ``(tokens,)``, of which the first ``before`` are a prefix.
+
+    Every piece is repeated behind a transformers cache of the whole text, with a mask that hides
+    the rest of it, and the model itself reports its attention.
+    """
+    model = tiny_model(family, attention="eager", dtype=torch.float64)
+    layers = KVCache(model.config).layers
+    full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
+    text = len(ids) - before
+    scores = {index: torch.zeros(2, text, dtype=torch.float64) for index in full}
+    for start in range(0, text, recall_module.REPEATED_TOKENS):
+        first = max(start - recall_module.LEAD_TOKENS, 0)
+        stop = min(start + recall_module.REPEATED_TOKENS, text)
+        seen = sorted({*range(min(recall_module.SINK_TOKENS, first)), *range(first, stop)})
+        repeated = ids[before + first : before + stop]
+        attention = _attention(model, ids, repeated, [before + p for p in seen])
+        for index in full:
+            votes = attention[index].view(2, 2, len(repeated), -1)  # KV heads, group, queries, keys
+            for p in seen:
+                scores[index][:, p] += votes[..., before + p].square().sum(dim=2).mean(dim=1)
+    return scores
+
+
+def _attention(
+    model: Any, ids: torch.Tensor, repeated: torch.Tensor, seen: list[int]
+) -> dict[int, torch.Tensor]:
+    total = len(ids) + len(repeated)
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    window = getattr(model.config, "sliding_window", None)
+    order = torch.arange(total)
+    near = causal if window is None else causal & (order[:, None] - order < window)
+    excerpt = causal.clone()
+    excerpt[len(ids) :, : len(ids)] = False
+    excerpt[len(ids) :, seen] = True
+    masks = {
+        "full_attention": _additive(excerpt),
+        "sliding_attention": _additive(near),
+    }
+    only_kind = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(model.config, "layer_types", None) or [only_kind] * 4
+    taken: dict[int, torch.Tensor] = {}
+    hooks = []
+    for index, layer in enumerate(model.base_model.layers):
+
+        def with_mask(module: Any, args: Any, kwargs: Any, kind: str = kinds[index]) -> Any:
+            return args, {**kwargs, "attention_mask": masks[kind][None, None]}
+
+        def take(module: Any, args: Any, output: Any, index: int = index) -> None:
+            taken[index] = output[1][0, :, len(ids) :]
+
+        hooks += [
+            layer.self_attn.register_forward_pre_hook(with_mask, with_kwargs=True),
+            layer.self_attn.register_forward_hook(take),
+        ]
+    with torch.no_grad():
+        model.base_model(torch.cat([ids, repeated])[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return taken
+
+
+def _additive(visible: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(visible.shape, dtype=torch.float64)
+    return mask.masked_fill(~visible, torch.finfo(torch.float64).min)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recall_equals_the_models_own_attention(family: str):
+    ids, mask = prompts(45, 23)
+    model = tiny_model(family)
+    prefilled = chunkkv.run_prefill(model, ids, window_size=8, attention_mask=mask)
+
+    repeated = chunkkv.recollect(model, prefilled, ids)
+
+    for row, length in enumerate((45, 23)):
+        expected = slow_recall(family, ids[row, -length:])
+        assert repeated.observed["recall"].keys() == expected.keys()
+        for layer, scores in expected.items():
+            found = layer_scores(repeated, POLICY, layer)[row]
+            assert (found[:, :-length] == 0).all(), "padding"
+            torch.testing.assert_close(found[:, -length:].double(), scores, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_is_not_seen_and_not_scored(family: str):
+    ids, _ = prompts(50)
+    model = tiny_model(family)
+    past = chunkkv.run_prefill(model, ids[:, :20], window_size=8).cache
+    prefilled = chunkkv.run_prefill(model, ids[:, 20:], window_size=8, past=past)
+
+    repeated = chunkkv.recollect(model, prefilled, ids[:, 20:])
+
+    for layer, scores in slow_recall(family, ids[0], before=20).items():
+        found = repeated.observed["recall"][layer][0].double()
+        torch.testing.assert_close(found, scores, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("short_pieces")
+def test_the_cache_stays_as_it_is():
+    ids, _ = prompts(40)
+    model = tiny_model()
+    prefilled = chunkkv.run_prefill(model, ids, window_size=8)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefilled.cache.layers]
+
+    chunkkv.recollect(model, prefilled, ids)
+
+    assert prefilled.cache.get_seq_length() == 40
+    for layer, (keys, values) in zip(prefilled.cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_other_tokens_than_those_that_were_run_are_refused():
+    ids, _ = prompts(40)
+    prefilled = chunkkv.run_prefill(tiny_model(), ids, window_size=8)
+
+    with pytest.raises(InvalidInputError, match=r"\(1, 39\); \(1, 40\) were run"):
+        chunkkv.recollect(tiny_model(), prefilled, ids[:, 1:])
+
+
+def test_scores_of_a_text_that_was_not_repeated_are_refused():
+    prefilled = chunkkv.run_prefill(tiny_model(), prompts(40)[0], window_size=8)
+
+    with pytest.raises(InvalidInputError, match="call repeat"):
+        chunkkv.compress(prefilled, POLICY)
+
+
+def test_a_repetition_can_be_ended_between_two_pieces(short_pieces: None):
+    ids, _ = prompts(40)
+    model = tiny_model()
+    prefilled = chunkkv.run_prefill(model, ids, window_size=8)
+    calls = iter([None, None])
+
+    def ended() -> None:
+        if next(calls, StopIteration) is StopIteration:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        chunkkv.recollect(model, prefilled, ids, before_chunk=ended)

@@ -1,0 +1,116 @@
+"""The command line, end to end on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from chunkkv import cli, policy_from_file
+from chunkkv.cli import tuning
+from chunkkv.cli.app import app
+from tests.tiny_model import byte_tokenizer, tiny_llama
+from tests.unit.evaluation.documents import TEXT
+
+GRID = ("--set", "lengths=(200,)", "--set", "depths=(0.0, 1.0)", "--samples", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(seed=3, max_model_len=1024).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 2, encoding="utf-8")
+    return str(path)
+
+
+def invoke(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return re.sub(r"\s+", " ", result.output)
+
+
+def test_run_writes_table_json_and_pictures(model: str, tmp_path: Path) -> None:
+    methods = ("--preset", "fast", "--preset", "snapkv:window_size=8", "--keep-ratio", "0.2")
+    run = ("eval", "run", "needle-grid", model, "--out", str(tmp_path / "out"), *GRID, *methods)
+
+    output = invoke(*run)
+
+    assert "question not seen at compression, 2 questions" in output
+    assert "| snapkv:window_size=8 |" in output
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"results.json", "table.md", "records.jsonl", "needle-grid-quality.png"} <= names
+    before = (tmp_path / "out" / "records.jsonl").read_bytes()
+    assert invoke(*run) == output
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == before
+    assert "| fast |" in invoke("eval", "report", str(tmp_path / "out"))
+
+
+def test_what_is_wrong_is_said_in_a_line(model: str, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path / "out"))
+
+    assert "no task 'nope'" in invoke("eval", "run", "nope", model, *out, code=1)
+    assert "no preset 'nope'" in invoke(
+        "eval", "run", "needle", model, *out, "--preset", "nope", code=1
+    )
+    assert "no setting 'size'" in invoke(
+        "eval", "run", "needle", model, *out, "--set", "size=1", code=1
+    )
+    assert "test_file" in invoke("eval", "run", "gsm8k", model, *out, code=1)
+    assert "holds no results" in invoke("eval", "report", str(tmp_path), code=1)
+
+
+def test_names_are_listed() -> None:
+    output = invoke("eval", "list")
+
+    assert "needle-grid" in output
+    assert "pyramidkv" in output
+
+
+def test_fidelity_reuse_and_cost_print_tables(model: str, text: str, tmp_path: Path) -> None:
+    size = ("--text", text, "--context-tokens", "100")
+    read = (*size, "--continuation-tokens", "8", "--num-texts", "1")
+    out = ("--out", str(tmp_path / "rows.json"))
+
+    assert "agreement" in invoke("eval", "fidelity", model, *read, "--preset", "fast", *out)
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 2
+    assert "N = 8" in invoke("eval", "reuse", model, *read, *out)
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 5
+    assert "int4" in invoke("eval", "cost", model, *size, "--preset", "fast", "--repeats", "1")
+
+
+def test_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.load("package_that_is_not_there")
+
+    assert "pip install 'chunkserve[eval]'" in capsys.readouterr().err
+
+
+def test_tune_writes_a_policy_that_services_read(
+    model: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tuning, "STAGES", {"scorer": ({"scorer": "window"}, {"scorer": "key_diff"})}
+    )
+    policy, plot = tmp_path / "policy.json", tmp_path / "curve.png"
+
+    output = invoke(
+        "tune", model, "--text", text, "--target", "0.9", "--out", str(policy), "--plot", str(plot),
+        "--context-tokens", "100", "--continuation-tokens", "8", "--num-texts", "1",
+        "--keep-ratio", "0.3", "--keep-ratio", "1",
+    )  # fmt: skip
+
+    assert "◀ chosen" in output
+    assert policy_from_file(policy).keep_ratio in (0.3, 1.0)
+    assert plot.read_bytes().startswith(b"\x89PNG")
