@@ -32,7 +32,7 @@ class Compression:
         keep_ratio: Fraction of tokens that are kept, in ``(0, 1]``; 1 keeps the whole cache.
         max_kept_tokens: Number of tokens that are kept at most. Not together with ``keep_ratio``.
         scorer: How importance is measured: ``window``, ``reconstruction``, ``key_diff``,
-            ``heavy_hitter``, ``recency``, ``expected_attention``, ``key_norm``.
+            ``heavy_hitter``, ``recency``, ``expected_attention``, ``key_norm``, ``recall``.
         unit: What is kept or dropped as one: ``chunk``, ``token`` or ``sentence``.
         scope: Who shares one list of kept positions: ``head``, ``layer``, ``group``, ``global``.
         spread: How the budget is shared out between lists: ``uniform``, ``pyramid``, ``adaptive``;
@@ -41,6 +41,8 @@ class Compression:
         window_size: Trailing tokens that ask (and are always kept), at least 1.
         sink_tokens: Leading tokens that are always kept, at least 0.
         reuse_interval: Neighbouring layers that share one list with scope ``group``.
+        vote_power: What the attention of each query of ``window`` is raised to before it is
+            averaged, 1 to 8.
         pool_size: Tokens that the scores of ``window`` are averaged over, odd; 1: none.
         head_floor: With spread ``adaptive``: fraction of an equal share that every list is given
             before the ranking, in ``[0, 1]``.
@@ -69,6 +71,7 @@ class Compression:
     window_size: int | None = None
     sink_tokens: int | None = None
     reuse_interval: int | None = None
+    vote_power: int | None = None
     pool_size: int | None = None
     head_floor: float | None = None
     gating: float | None = None

@@ -73,8 +73,8 @@ MaxKeptTokens = Annotated[
 Scorer = Annotated[
     str | None,
     typer.Option(
-        help="window, reconstruction, key_diff, heavy_hitter, recency, expected_attention or "
-        "key_norm",
+        help="window, reconstruction, recall, key_diff, heavy_hitter, recency, "
+        "expected_attention or key_norm",
         rich_help_panel=_COMPRESSION,
     ),
 ]
@@ -126,6 +126,10 @@ SinkTokens = Annotated[
 ReuseInterval = Annotated[
     int | None,
     typer.Option(help="Layers that share a list in scope group.", rich_help_panel=_COMPRESSION),
+]
+VotePower = Annotated[
+    int | None,
+    typer.Option(help="1 to 8: power of the window's attention.", rich_help_panel=_COMPRESSION),
 ]
 PoolSize = Annotated[
     int | None,

@@ -25,6 +25,7 @@ _ENUMS: Final[dict[str, Mapping[Any, str]]] = {
         types_pb2.SCORER_RECENCY: "recency",
         types_pb2.SCORER_EXPECTED_ATTENTION: "expected_attention",
         types_pb2.SCORER_KEY_NORM: "key_norm",
+        types_pb2.SCORER_RECALL: "recall",
     },
     "unit": {
         types_pb2.UNIT_CHUNK: "chunk",

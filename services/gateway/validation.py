@@ -236,6 +236,7 @@ def _check_compression(policy: types_pb2.CompressionPolicy) -> None:
     check("sink_tokens", lambda value: value >= 0, "0 or more")
     check("reuse_interval", lambda value: value >= 1, "1 or more")
     check("max_kv_tokens", lambda value: value >= 1, "1 or more")
+    check("vote_power", lambda value: 1 <= value <= 8, "1 to 8")
     check("pool_size", lambda value: value >= 1 and value % 2 == 1, "an odd number of at least 1")
     check("head_floor", lambda value: 0 <= value <= 1, "a number from 0 to 1")
     check("gating", lambda value: 0 <= value <= 1, "a number from 0 to 1")

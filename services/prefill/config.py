@@ -70,6 +70,7 @@ class PrefillSettings(ServiceSettings):
         window_size: Default policy: observation window.
         sink_tokens: Default policy: leading tokens that are always kept.
         reuse_interval: Default policy: layers that share a list with scope ``group``.
+        vote_power: Default policy: what window attention is raised to before it is averaged.
         pool_size: Default policy: tokens that window scores are averaged over, odd.
         head_floor: Default policy: fraction of an equal share that every list is given.
         gating: Default policy: of how little entropy a unit's scores keep its best tokens only.
@@ -104,6 +105,7 @@ class PrefillSettings(ServiceSettings):
     window_size: int | None = Field(default=None, ge=1)
     sink_tokens: int | None = Field(default=None, ge=0)
     reuse_interval: int | None = Field(default=None, ge=1)
+    vote_power: int | None = Field(default=None, ge=1, le=8)
     pool_size: int | None = Field(default=None, ge=1)
     head_floor: float | None = Field(default=None, ge=0, le=1)
     gating: float | None = Field(default=None, ge=0, le=1)

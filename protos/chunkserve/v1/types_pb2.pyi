@@ -17,6 +17,7 @@ class Scorer(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORER_RECENCY: _ClassVar[Scorer]
     SCORER_EXPECTED_ATTENTION: _ClassVar[Scorer]
     SCORER_KEY_NORM: _ClassVar[Scorer]
+    SCORER_RECALL: _ClassVar[Scorer]
 
 class Precision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -62,6 +63,7 @@ SCORER_HEAVY_HITTER: Scorer
 SCORER_RECENCY: Scorer
 SCORER_EXPECTED_ATTENTION: Scorer
 SCORER_KEY_NORM: Scorer
+SCORER_RECALL: Scorer
 PRECISION_UNSPECIFIED: Precision
 PRECISION_NATIVE: Precision
 PRECISION_FP8: Precision
@@ -149,7 +151,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class CompressionPolicy(_message.Message):
-    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "spread", "precision", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens", "prefix_scorer", "pool_size", "head_floor", "gating", "merge_layers", "preset", "prefix_preset")
+    __slots__ = ("keep_ratio", "max_kept_tokens", "scorer", "unit", "scope", "spread", "precision", "chunk_size", "window_size", "sink_tokens", "reuse_interval", "max_kv_tokens", "prefix_scorer", "pool_size", "head_floor", "gating", "merge_layers", "preset", "prefix_preset", "vote_power")
     KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
     MAX_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +171,7 @@ class CompressionPolicy(_message.Message):
     MERGE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     PRESET_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PRESET_FIELD_NUMBER: _ClassVar[int]
+    VOTE_POWER_FIELD_NUMBER: _ClassVar[int]
     keep_ratio: float
     max_kept_tokens: int
     scorer: Scorer
@@ -188,7 +191,8 @@ class CompressionPolicy(_message.Message):
     merge_layers: bool
     preset: str
     prefix_preset: str
-    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., spread: _Optional[_Union[BudgetSpread, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ..., prefix_scorer: _Optional[_Union[Scorer, str]] = ..., pool_size: _Optional[int] = ..., head_floor: _Optional[float] = ..., gating: _Optional[float] = ..., merge_layers: _Optional[bool] = ..., preset: _Optional[str] = ..., prefix_preset: _Optional[str] = ...) -> None: ...
+    vote_power: int
+    def __init__(self, keep_ratio: _Optional[float] = ..., max_kept_tokens: _Optional[int] = ..., scorer: _Optional[_Union[Scorer, str]] = ..., unit: _Optional[_Union[Unit, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., spread: _Optional[_Union[BudgetSpread, str]] = ..., precision: _Optional[_Union[Precision, str]] = ..., chunk_size: _Optional[int] = ..., window_size: _Optional[int] = ..., sink_tokens: _Optional[int] = ..., reuse_interval: _Optional[int] = ..., max_kv_tokens: _Optional[int] = ..., prefix_scorer: _Optional[_Union[Scorer, str]] = ..., pool_size: _Optional[int] = ..., head_floor: _Optional[float] = ..., gating: _Optional[float] = ..., merge_layers: _Optional[bool] = ..., preset: _Optional[str] = ..., prefix_preset: _Optional[str] = ..., vote_power: _Optional[int] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("text", "token_ids", "first_token_index", "logprobs")
