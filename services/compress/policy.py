@@ -57,16 +57,13 @@ def overlaid(
 ) -> types_pb2.CompressionPolicy:
     """Return a message of the fields that ``above`` sets, and of ``below``'s where it sets none.
 
-    A preset takes the place of all that ``below`` says of how tokens are chosen; a prefix's preset
-    that of its prefix's scorer.
+    A preset takes the place of all that ``below`` says of how tokens are chosen.
     """
     merged = types_pb2.CompressionPolicy()
     merged.CopyFrom(below)
     if above.HasField("preset"):
         for name in _METHOD:
             merged.ClearField(name)
-    if above.HasField("prefix_preset"):
-        merged.ClearField("prefix_scorer")
     merged.MergeFrom(_agreeing(above))
     return merged
 

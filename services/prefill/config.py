@@ -125,7 +125,7 @@ class PrefillSettings(ServiceSettings):
             raise ValueError("set CHUNKSERVE_KEEP_RATIO or CHUNKSERVE_MAX_KEPT_TOKENS, not both")
         try:
             policies.from_wire(self.compression)
-            policies.from_wire(policies.for_prefixes(self.prefix_compression))
+            policies.from_wire(self.prefix_compression)
         except InvalidRequestError as error:
             raise ValueError(f"CHUNKSERVE_* give no policy: {error.message}") from error
         return self
@@ -141,21 +141,19 @@ class PrefillSettings(ServiceSettings):
 
     @property
     def prefix_compression(self) -> types_pb2.CompressionPolicy:
-        """The same, for prefixes: of these fields, those that prefixes do not have are unset."""
-        base = types_pb2.CompressionPolicy(prefix_preset=self.prefix_preset)
+        """The same, to a prefix."""
+        base = types_pb2.CompressionPolicy(preset=self.prefix_preset)
         if self.policy_file is not None:
             shared = ("keep_ratio", "max_kept_tokens", "precision")
             fields = {name: getattr(self.policy_file, name) for name in shared}
             base.MergeFrom(policies.message_of(fields))
-        own = policies.overlaid(base, policies.message_of(self._policy_fields))
-        if self.prefix_scorer is not None:
-            own.prefix_scorer = policies.message_of({"scorer": self.prefix_scorer}).scorer
-        return own
+        own = policies.message_of({**self._policy_fields, "scorer": self.prefix_scorer})
+        return policies.overlaid(base, own)
 
     @property
     def default_compression(self) -> types_pb2.CompressionPolicy:
         """Both, with every field set, as callers are shown them."""
-        prefix = policies.from_wire(policies.for_prefixes(self.prefix_compression))
+        prefix = policies.from_wire(self.prefix_compression)
         shown = policies.to_wire(policies.from_wire(self.compression), prefix_scorer=prefix.scorer)
         shown.prefix_preset = self.prefix_preset
         if self.policy_file is None:

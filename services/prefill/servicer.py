@@ -103,10 +103,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         _check_chunk_size(request, len(new_ids))
         asked = policies.overlaid(manifest.compression, request.compression)
         prompt = policies.overlaid(self._settings.compression, asked)
-        prefix = policies.overlaid(self._settings.prefix_compression, asked)
+        prefix = self._settings.prefix_compression
+        for message in (manifest.compression, request.compression):
+            prefix = policies.overlaid(prefix, policies.for_prefixes(message))
         # Here, so that nothing is in the store yet when a value is refused.
-        policy = _recorded(prompt)
-        prefix_policy = _recorded(policies.for_prefixes(prefix))
+        policy, prefix_policy = _recorded(prompt), _recorded(prefix)
         manifest.token_ids.extend(new_ids)
         manifest.model_fingerprint = self._loaded.fingerprint
 
@@ -128,7 +129,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             # Nobody else can find a one-off request's segments.
             [len(before) + end for end in ends] if manifest.session_id else [],
             policy=partial(_recorded, prompt),
-            prefix_policy=partial(_recorded, policies.for_prefixes(prefix)),
+            prefix_policy=partial(_recorded, prefix),
             min_tokens=self._settings.min_compress_tokens,
         )
         await self._add_segments(manifest, spans, response, num_before=len(before))

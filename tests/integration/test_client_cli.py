@@ -101,7 +101,7 @@ def test_generate_sends_every_option(gateway: StandIn):
         --repetition-penalty 1.5 --presence-penalty 0.5 --frequency-penalty -0.5
         --keep-ratio 0.2 --scorer window --unit chunk --scope group --chunk-size 20
         --window-size 8 --sink-tokens 4 --reuse-interval 2 --preset chunkkv --spread uniform
-        --pool-size 5 --head-floor 0.5 --gating 0.25 --merge-layers --precision int8
+        --vote-power 2 --pool-size 5 --head-floor 0.5 --gating 0.25 --merge-layers --precision int8
         --max-kv-tokens 900 --request-id mine"""
 
     assert run(gateway, "generate", "hi", *args.split()).exit_code == 0
@@ -128,6 +128,7 @@ def test_generate_sends_every_option(gateway: StandIn):
         reuse_interval=2,
         preset="chunkkv",
         spread=types_pb2.BUDGET_SPREAD_UNIFORM,
+        vote_power=2,
         pool_size=5,
         head_floor=0.5,
         gating=0.25,

@@ -28,11 +28,12 @@ SMALL: dict[str, Any] = {"keep_ratio": 0.5, "chunk_size": 4, "window_size": 4, "
 POLICIES: dict[str, dict[str, Any]] = {
     "adaptive": {**SMALL, "scope": "head", "spread": "adaptive", "head_floor": 0.25},
     "adaptive_layers": {**SMALL, "scope": "layer", "spread": "adaptive"},
-    "pyramid": {**SMALL, "scope": "head", "spread": "pyramid", "unit": "token", "pool_size": 5},
+    "pyramid": {**SMALL, "scope": "head", "spread": "pyramid", "unit": "token", "vote_power": 2},
     "durable": {"preset": "durable", "keep_ratio": 0.4},
     "sentence": {**SMALL, "unit": "sentence", "chunk_size": 12, "gating": 0.9},
     "heavy_hitter": {**SMALL, "scorer": "heavy_hitter", "scope": "head", "spread": "adaptive"},
     "expected": {**SMALL, "scorer": "expected_attention", "scope": "head", "spread": "pyramid"},
+    "recall": {**SMALL, "scorer": "recall", "scope": "head", "spread": "adaptive"},
     "recency": {"preset": "streamingllm", "max_kept_tokens": 30},
     "key_norm": {**SMALL, "scorer": "key_norm", "precision": "int8", "spread": "adaptive"},
     "merged": {**SMALL, "scope": "global", "merge_layers": True},
@@ -114,8 +115,7 @@ def computed(
         past=past,
         prefill_chunk_tokens=64,
     )
-    if policy.scorer == "reconstruction":
-        prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
+    prefilled = chunkkv.repeat(loaded.model, prefilled, new_ids, [policy.scorer])
     if policy.unit == "sentence":
         ends = chunkkv.sentence_ending_tokens(loaded.tokenizer)[new_ids]
         prefilled = dataclasses.replace(prefilled, sentence_ends=ends)

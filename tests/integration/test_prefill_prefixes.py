@@ -32,7 +32,8 @@ CHAPTER = "There now is your insular city of the Manhattoes, belted round by wha
 QUESTION = "What did he do, and why, and for how long?"
 POLICY = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
 # The default's method, with what the session asks for.
-PREFIX_POLICY = chunkkv.preset("durable", keep_ratio=0.5, chunk_size=4, window_size=4)
+OF_SESSION = {"chunk_size": 4, "window_size": 4}
+PREFIX_POLICY = chunkkv.preset("durable", keep_ratio=0.5, **OF_SESSION)
 
 
 def chatty() -> LoadedModel:
@@ -248,21 +249,21 @@ async def test_a_one_off_request_shares_nothing_so_its_marks_mean_nothing(stub):
     ("session_asks", "request_asks", "preset", "changes"),
     [
         ({}, {"prefix_preset": "kvzip"}, "kvzip", {}),
-        ({"prefix_preset": "kvzip"}, {}, "kvzip", {}),
+        ({"prefix_preset": "kvzip"}, {}, "kvzip", OF_SESSION),
         ({"prefix_preset": "kvzip"}, {"prefix_preset": "snapkv"}, "snapkv", {}),
         (
             {"prefix_preset": "fast"},
             {"prefix_scorer": types_pb2.SCORER_RECENCY},
             "fast",
-            {"scorer": "recency"},
+            {**OF_SESSION, "scorer": "recency"},
         ),
         ({"prefix_scorer": types_pb2.SCORER_RECENCY}, {"prefix_preset": "kvzip"}, "kvzip", {}),
-        ({}, {"preset": "snapkv", "scorer": types_pb2.SCORER_RECENCY}, "durable", {}),
+        ({}, {"preset": "snapkv", "scorer": types_pb2.SCORER_RECENCY}, "durable", OF_SESSION),
         (
             {},
             {"scope": types_pb2.SCOPE_GLOBAL},
             "durable",
-            {"scope": "global", "spread": "uniform"},
+            {**OF_SESSION, "scope": "global", "spread": "uniform"},
         ),
     ],
     ids=[
@@ -290,7 +291,7 @@ async def test_a_prefix_is_compressed_by_a_preset_of_its_own(
         preset,
         keep_ratio=0.5,
         num_tokens=PREFIX_LEN,
-        **{"chunk_size": 4, "window_size": 4, **changes},
+        **changes,
     )
     assert policies.from_wire(prefix.compression) == expected
     assert not prefix.compression.HasField("preset")

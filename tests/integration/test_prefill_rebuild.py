@@ -235,6 +235,7 @@ CHOICES = {
         "spread": "adaptive",
         "chunk_size": 2,
     },
+    "recall": {"scorer": "recall", "vote_power": 2, "chunk_size": 4},
     "recency": {"scorer": "recency", "unit": "token"},
     "key_norm": {"scorer": "key_norm", "precision": "int8"},
     "merged": {"merge_layers": True, "scope": "global", "keep_ratio": 0.7},

@@ -194,7 +194,7 @@ def test_every_choice_of_the_library_has_a_name_on_the_wire():
         Compression(max_kept_tokens=512, unit="token", scope="global", sink_tokens=0),
         Compression(chunk_size=10, window_size=16, reuse_interval=2),
         Compression(scorer="expected_attention", unit="sentence", spread="adaptive"),
-        Compression(pool_size=7, head_floor=0.1, gating=0.0, merge_layers=False),
+        Compression(vote_power=2, pool_size=7, head_floor=0.1, gating=0.0, merge_layers=False),
         Compression(preset="snapkv", prefix_preset="durable", prefix_scorer="key_norm"),
     ],
     ids=["unset", "ratio", "tokens", "sizes", "spread", "knobs", "presets"],

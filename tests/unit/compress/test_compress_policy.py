@@ -155,8 +155,10 @@ def test_ratio_of_the_wire_gives_the_exact_budget(percent: int):
         ({"window_size": 0}, "window_size is 0"),
         ({"sink_tokens": -1}, "sink_tokens is -1"),
         ({"reuse_interval": 0}, "reuse_interval is 0"),
-        ({"scorer": 99}, "scorer is 'number 99'; give one of window, reconstruction, key_diff"),
+        ({"scorer": 99}, "scorer is 'number 99'; give one of window, reconstruction, recall"),
         ({"unit": 99}, "unit is 'number 99'; give one of chunk, token"),
+        ({"vote_power": 0}, "vote_power is 0"),
+        ({"vote_power": 9}, "vote_power is 9; give 1 to 8"),
         ({"pool_size": 0}, "pool_size is 0"),
         ({"pool_size": 4}, "pool_size is 4; give an odd number"),
         ({"head_floor": -0.5}, "head_floor is -0.5; give a number from 0 to 1"),
@@ -257,15 +259,6 @@ def test_a_prefix_has_a_scorer_and_a_preset_of_its_own_and_else_the_same_fields(
         keep_ratio=0.5, preset="durable", scorer=types_pb2.SCORER_KEY_DIFF, chunk_size=4
     )
     assert for_prefixes(message(scorer=types_pb2.SCORER_WINDOW)) == message()
-
-
-def test_a_prefixs_preset_replaces_the_scorer_below():
-    below = message(prefix_scorer=types_pb2.SCORER_WINDOW, chunk_size=4)
-
-    merged = overlaid(below, message(prefix_preset="keydiff"))
-
-    assert from_wire(for_prefixes(merged)).scorer == "key_diff"
-    assert merged.chunk_size == 4
 
 
 def test_fields_that_are_none_are_not_set():

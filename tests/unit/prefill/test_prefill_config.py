@@ -11,7 +11,7 @@ import pytest
 
 import chunkkv
 from chunkserve.v1 import types_pb2
-from services.compress.policy import for_prefixes, from_wire, to_wire
+from services.compress.policy import from_wire, to_wire
 from services.prefill.config import PrefillSettings
 from services.runtime.config import load
 
@@ -45,7 +45,7 @@ def prompts(settings: PrefillSettings) -> chunkkv.CompressionPolicy:
 
 
 def prefixes(settings: PrefillSettings) -> chunkkv.CompressionPolicy:
-    return from_wire(for_prefixes(settings.prefix_compression))
+    return from_wire(settings.prefix_compression)
 
 
 def test_prompts_are_compressed_fast_and_prefixes_for_questions_to_come(environment):
@@ -145,6 +145,7 @@ def test_a_malformed_file_ends_the_process_and_names_the_variable(
         ("SCORER", "luck"),
         ("UNIT", "word"),
         ("SPREAD", "wide"),
+        ("VOTE_POWER", "9"),
         ("POOL_SIZE", "0"),
         ("HEAD_FLOOR", "1.5"),
         ("GATING", "nan"),
