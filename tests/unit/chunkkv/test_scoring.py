@@ -24,6 +24,8 @@ def slow_scores(
     *,
     softcap: float | None = None,
     padding: Sequence[int] = (0, 0),
+    power: int = 1,
+    scaling: float = SCALING,
 ) -> torch.Tensor:
     """Return what the window pays to each token, one query, one head and one key at a time."""
     batch, num_heads, window, _ = queries.shape
@@ -37,13 +39,13 @@ def slow_scores(
                 seen = range(padding[row], position + 1)
                 query = queries[row, head, position - (seq_len - window)].double()
                 logits = [float(query @ keys[row, head // group, p].double()) for p in seen]
-                logits = [logit * SCALING for logit in logits]
+                logits = [logit * scaling for logit in logits]
                 if softcap is not None:
                     logits = [softcap * math.tanh(logit / softcap) for logit in logits]
                 total = sum(math.exp(logit) for logit in logits)
                 for p, logit in zip(seen, logits, strict=True):
-                    share = math.exp(logit) / total / group / len(asking)
-                    scores[row, head // group, p] += share
+                    vote = (math.exp(logit) / total) ** power
+                    scores[row, head // group, p] += vote / group / len(asking)
     return scores
 
 
@@ -69,6 +71,33 @@ def test_scores_equal_the_slow_reference(
     assert scores.dtype == torch.float32
     expected = slow_scores(queries, keys, softcap=softcap)
     torch.testing.assert_close(scores.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("power", [2, 3, 8])
+def test_powers_of_attention_equal_the_slow_reference(power: int):
+    queries, keys = tensors(6, 3)
+    padding = (0, 4)
+
+    scores = window_scores(
+        queries, keys, scaling=SCALING, num_padding=torch.tensor(padding), power=power
+    )
+
+    expected = slow_scores(queries, keys, padding=padding, power=power)
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_policy_names_the_power_of_its_votes():
+    prefilled = chunkkv.run_prefill(tiny_model(), prompts(40)[0], window_size=8)
+    policy = CompressionPolicy(keep_ratio=0.5, window_size=8, vote_power=2)
+
+    scores = layer_scores(prefilled, policy, 1)
+
+    probe, layer = prefilled.probe, prefilled.cache.layers[1]
+    expected = slow_scores(
+        probe.queries[1], layer.keys, padding=(0,), power=2, scaling=probe.scaling[1]
+    )
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=1e-4)
+    assert " power=2" in policy.canonical()
 
 
 @pytest.mark.parametrize(
