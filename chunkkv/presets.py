@@ -48,20 +48,31 @@ _CHUNKKV: Final = {"scorer": "window", "chunk_size": 10, "window_size": 16, "sin
 
 PRESETS: Final[Mapping[str, Preset]] = {
     "fast": Preset(
-        "chunks of 20 by the attention of the last 16 tokens: no extra pass, wants the question",
-        "ours",
-        {"scorer": "window", "chunk_size": 20, "window_size": 16, "sink_tokens": 4},
-    ),
-    "durable": Preset(
-        "chunks of 5 by the attention of a repetition, all heads in one ranking: for questions "
-        "to come",
+        "chunks of 10 by the squared attention of the last 16 tokens, averaged over 31 "
+        "neighbours, all heads in one ranking: no extra pass, wants the question",
         "ours",
         {
-            "scorer": "reconstruction",
+            "scorer": "window",
+            "vote_power": 2,
+            "pool_size": 31,
+            "chunk_size": 10,
             "scope": "head",
             "spread": "adaptive",
-            "chunk_size": 5,
+            "head_floor": 0.2,
             "window_size": 16,
+            "sink_tokens": 4,
+        },
+    ),
+    "durable": Preset(
+        "single tokens by the squared attention of a repetition, all heads in one ranking: for "
+        "questions to come",
+        "ours",
+        {
+            "scorer": "recall",
+            "unit": "token",
+            "scope": "head",
+            "spread": "adaptive",
+            "window_size": 1,
             "sink_tokens": 4,
         },
     ),

@@ -127,14 +127,15 @@ class RecallProbe:
             return
         q_len = queries.shape[2]
         grouped = by_kv_head(queries, keys.shape[1], scaling_of(queries, scaling))
-        visible = visible_keys(q_len, keys.shape[2], None, keys.device)
-        received = torch.zeros(keys.shape[1:3], device=keys.device)
+        received = torch.zeros(keys.shape[1], self.num_seen, device=keys.device)
         for start in range(0, q_len, QUERIES_AT_ONCE):
-            asking = slice(start, start + QUERIES_AT_ONCE)
-            received += attention_paid(
-                grouped[:, :, :, asking], keys, visible[:, asking], softcap, power=VOTE_POWER
-            )[0]
-        self.scores[layer] = received[:, : self.num_seen] / grouped.shape[2]
+            stop = min(start + QUERIES_AT_ONCE, q_len)
+            seen = keys[:, :, : self.num_seen + stop]
+            visible = visible_keys(stop - start, seen.shape[2], None, keys.device)
+            asking = grouped[:, :, :, start:stop]
+            paid = attention_paid(asking, seen, visible, softcap, power=VOTE_POWER)
+            received += paid[0, :, : self.num_seen]
+        self.scores[layer] = received / grouped.shape[2]
 
 
 def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> torch.Tensor:
