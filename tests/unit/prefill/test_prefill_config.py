@@ -55,7 +55,7 @@ def test_prompts_are_compressed_fast_and_prefixes_for_questions_to_come(environm
     assert prefixes(settings) == chunkkv.preset("durable")
     shown = settings.default_compression
     assert (shown.preset, shown.prefix_preset) == ("fast", "durable")
-    assert from_wire(shown) == chunkkv.preset("fast", keep_ratio=shown.keep_ratio)
+    assert from_wire(shown).canonical() == chunkkv.preset("fast").canonical()
     prefix_scorer = types_pb2.CompressionPolicy(scorer=shown.prefix_scorer)
     assert from_wire(prefix_scorer).scorer == chunkkv.preset("durable").scorer
 
