@@ -41,8 +41,7 @@ class Compression:
         window_size: Trailing tokens that ask (and are always kept), at least 1.
         sink_tokens: Leading tokens that are always kept, at least 0.
         reuse_interval: Neighbouring layers that share one list with scope ``group``.
-        vote_power: What the attention of each query of ``window`` is raised to before it is
-            averaged, 1 to 8.
+        vote_power: What the attention of ``window`` is raised to before it is averaged, 1 to 8.
         pool_size: Tokens that the scores of ``window`` are averaged over, odd; 1: none.
         head_floor: With spread ``adaptive``: fraction of an equal share that every list is given
             before the ranking, in ``[0, 1]``.

@@ -73,7 +73,7 @@ MaxKeptTokens = Annotated[
 Scorer = Annotated[
     str | None,
     typer.Option(
-        help="window, reconstruction, recall, key_diff, heavy_hitter, recency, "
+        help="window, recall, reconstruction, key_diff, heavy_hitter, recency, "
         "expected_attention or key_norm",
         rich_help_panel=_COMPRESSION,
     ),
@@ -129,7 +129,10 @@ ReuseInterval = Annotated[
 ]
 VotePower = Annotated[
     int | None,
-    typer.Option(help="1 to 8: power of the window's attention.", rich_help_panel=_COMPRESSION),
+    typer.Option(
+        help="What window attention is raised to before it is averaged, 1 to 8.",
+        rich_help_panel=_COMPRESSION,
+    ),
 ]
 PoolSize = Annotated[
     int | None,

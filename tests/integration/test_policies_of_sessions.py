@@ -52,10 +52,10 @@ def asked(name: str) -> types_pb2.CompressionPolicy:
 
 
 def expected_policy(name: str, num_tokens: int) -> chunkkv.CompressionPolicy:
-    fields = dict(POLICIES[name])
-    if preset := fields.pop("preset", None):
-        return chunkkv.preset(preset, num_tokens=num_tokens, **fields)
-    return chunkkv.CompressionPolicy(**fields)
+    fields = {"preset": "fast", **POLICIES[name]}  # the server's, where none is named
+    if fields.get("scope") in ("group", "global"):
+        fields.setdefault("spread", "uniform")
+    return chunkkv.preset(fields.pop("preset"), num_tokens=num_tokens, **fields)
 
 
 @pytest.fixture

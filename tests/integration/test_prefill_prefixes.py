@@ -30,9 +30,9 @@ TEMPLATE = (
 BOOK = "Call me Ishmael. Some years ago, never mind how long precisely, I went to sea."
 CHAPTER = "There now is your insular city of the Manhattoes, belted round by wharves."
 QUESTION = "What did he do, and why, and for how long?"
-POLICY = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
-# The default's method, with what the session asks for.
+# The default's methods, with what the session asks for.
 OF_SESSION = {"chunk_size": 4, "window_size": 4}
+POLICY = chunkkv.preset("fast", keep_ratio=0.5, **OF_SESSION)
 PREFIX_POLICY = chunkkv.preset("durable", keep_ratio=0.5, **OF_SESSION)
 
 
@@ -101,8 +101,7 @@ async def test_several_marks_end_several_segments_each_compressed_on_top_of_the_
         past = chunkkv.KVCache.from_segments(loaded.model.config, expected)
         new_ids = torch.tensor([ids[first : first + num_tokens]])
         prefilled = chunkkv.run_prefill(loaded.model, new_ids, window_size=4, past=past)
-        if policy.scorer == "reconstruction":
-            prefilled = chunkkv.reconstruct(loaded.model, prefilled, new_ids)
+        prefilled = chunkkv.repeat(loaded.model, prefilled, new_ids, [policy.scorer])
         expected += chunkkv.compress(prefilled, policy)
     lent = fetched_segments(
         store, answer.manifest.segments, fingerprint=loaded.fingerprint, pool=ReceivePool()
@@ -293,7 +292,8 @@ async def test_a_prefix_is_compressed_by_a_preset_of_its_own(
         num_tokens=PREFIX_LEN,
         **changes,
     )
-    assert policies.from_wire(prefix.compression) == expected
+    # As the wire has it: fractions have 32 bits.
+    assert prefix.compression == policies.to_wire(expected)
     assert not prefix.compression.HasField("preset")
 
 

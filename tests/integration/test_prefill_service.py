@@ -259,7 +259,7 @@ async def test_a_damaged_prefix_is_refused_as_data_loss(stub, valkey_url):
 
 async def test_stored_segments_are_what_the_library_computes(stub, store):
     loaded = load_tiny()
-    policy = chunkkv.CompressionPolicy(keep_ratio=0.5, chunk_size=4, window_size=4)
+    policy = chunkkv.preset("fast", keep_ratio=0.5, chunk_size=4, window_size=4)
     turn = IDS[:30]
 
     first = await stub.Prefill(request(session(), IDS))

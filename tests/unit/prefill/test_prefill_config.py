@@ -55,8 +55,9 @@ def test_prompts_are_compressed_fast_and_prefixes_for_questions_to_come(environm
     assert prefixes(settings) == chunkkv.preset("durable")
     shown = settings.default_compression
     assert (shown.preset, shown.prefix_preset) == ("fast", "durable")
-    assert from_wire(shown) == chunkkv.preset("fast", keep_ratio=shown.keep_ratio)
-    assert shown.prefix_scorer == types_pb2.SCORER_RECONSTRUCTION
+    assert from_wire(shown).canonical() == chunkkv.preset("fast").canonical()
+    prefix_scorer = types_pb2.CompressionPolicy(scorer=shown.prefix_scorer)
+    assert from_wire(prefix_scorer).scorer == chunkkv.preset("durable").scorer
 
 
 def test_every_field_of_a_policy_is_a_variable(environment):
@@ -69,7 +70,9 @@ def test_every_field_of_a_policy_is_a_variable(environment):
     assert VALUES.keys() == fields - {"max_kept_tokens"}
     assert prompts(settings) == chunkkv.CompressionPolicy(**VALUES)
     # A scorer says nothing about prefixes, everything else does.
-    assert prefixes(settings) == chunkkv.CompressionPolicy(**{**VALUES, "scorer": "reconstruction"})
+    assert prefixes(settings) == chunkkv.CompressionPolicy(
+        **{**VALUES, "scorer": chunkkv.preset("durable").scorer}
+    )
 
 
 def test_a_number_of_tokens_is_a_budget_too(environment):
