@@ -109,8 +109,7 @@ def prefill_context(
         num_padding=torch.zeros(1, dtype=torch.int64),
     )
     scorers = {policy.scorer for policy in policies}
-    windows = [policy.window_size for policy in policies if policy.scorer == "window"]
-    probe = QueryProbe(max(windows, default=1))
+    probe = QueryProbe(max((policy.num_queries for policy in policies), default=1))
     watching = observers(model, scorers, span)
     _run(model, token_ids, cache, Probes((probe, *watching.values())))
     prefilled = Prefilled(
