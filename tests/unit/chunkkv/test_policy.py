@@ -78,7 +78,7 @@ def test_a_fraction_that_is_none_is_refused(field: str, wrong: Any):
 
 @pytest.mark.parametrize("wrong", ["false", 0, 1, None])
 def test_merging_layers_is_true_or_false_and_no_word_for_it(wrong: Any):
-    with pytest.raises(InvalidPolicyError, match="merge_layers is .*give true or false"):
+    with pytest.raises(InvalidPolicyError, match=r"merge_layers is .*give true or false"):
         CompressionPolicy(merge_layers=wrong)
 
 

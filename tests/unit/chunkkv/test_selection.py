@@ -313,6 +313,14 @@ def test_a_sentence_longer_than_a_chunk_makes_several():
     assert units.slots.tolist() == [0, 1, 2, 3, 4, 5, 8]
 
 
+def test_short_sentences_take_no_room_for_a_long_chunk():
+    ends = torch.arange(1000) % 4 == 3
+
+    units = sentences(ends, 2**31 - 1)
+
+    assert (units.num_units, units.unit_tokens) == (250, 4)
+
+
 def test_sentences_without_their_ends_are_refused():
     with pytest.raises(InvalidInputError, match="sentence_ends"):
         select(torch.rand(2, 2, 30), CompressionPolicy(unit="sentence"), num_layers=2)
