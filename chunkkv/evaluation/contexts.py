@@ -26,8 +26,6 @@ from chunkkv.scoring.observed import Observer
 PREFILL_TOKENS: Final = 2048
 """Tokens of one forward pass at most."""
 
-# What a token can receive of one query at most: the question's tokens are kept before all others.
-
 
 @dataclass(frozen=True, slots=True)
 class Context:
