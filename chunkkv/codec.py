@@ -262,6 +262,8 @@ def _header(data: bytes, version: int) -> Header:
         names = ("retained" in body, "merge_layers" in body["shape"])
         if names != (is_merged,) * 2 or header.shape.merge_layers is not is_merged:
             raise FormatError(f"what the header says of merged layers is not of version {version}")
+        if not _has_types(header):
+            raise FormatError("a field of the header is of another type, or out of range")
         if header.shape.precision not in get_args(Precision):
             raise FormatError(f"keys and values are stored as {header.shape.precision!r}")
         if not _are_parts(header.retained, merged_rows(header.shape)):
@@ -275,6 +277,21 @@ def _header(data: bytes, version: int) -> Header:
     if not fits or len(header.part_sizes) != len(header.part_checksums):
         raise FormatError("header contradicts itself: lists do not fit heads, or checksums parts")
     return header
+
+
+def _has_types(header: Header) -> bool:
+    """Whether fields whose values are used as they are, are what they should be."""
+    shape = header.shape
+    counts = (shape.first_token, shape.num_tokens, *shape.index_lengths, *header.part_sizes)
+    flags = (shape.has_scores, *(layer.is_sliding for layer in shape.layers))
+    dtype = getattr(torch, shape.dtype)
+    return (
+        all(type(text) is str for text in (header.identity, shape.fingerprint, shape.policy))
+        and all(type(count) is int and 0 <= count < 1 << 48 for count in counts)
+        and all(type(flag) is bool for flag in flags)
+        and isinstance(dtype, torch.dtype)
+        and dtype.is_floating_point
+    )
 
 
 def _are_parts(counts: Sequence[object], rows: Sequence[int]) -> bool:

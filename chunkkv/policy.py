@@ -130,9 +130,9 @@ class CompressionPolicy:
             if name == "max_kept_tokens" and value is None:
                 continue
             # True is an integer to Python, and would have a canonical name of its own.
-            if type(value) is not int or value < least:
+            if type(value) is not int or not least <= value <= _MOST:
                 raise InvalidPolicyError(
-                    f"{name} is {value!r}; give an integer of at least {least}"
+                    f"{name} is {value!r}; give an integer of at least {least} and at most {_MOST}"
                 )
         if self.vote_power > _MAX_VOTE_POWER:
             raise InvalidPolicyError(
@@ -143,8 +143,11 @@ class CompressionPolicy:
         for name in _FRACTIONS:
             value = getattr(self, name)
             # NaN fails the comparison.
-            if isinstance(value, bool) or not 0 <= value <= 1:
+            if type(value) not in (int, float) or not 0 <= value <= 1:
                 raise InvalidPolicyError(f"{name} is {value!r}; give a number from 0 to 1")
+        # A text would be true, whatever it says.
+        if type(self.merge_layers) is not bool:
+            raise InvalidPolicyError(f"merge_layers is {self.merge_layers!r}; give true or false")
         if self.spread != "uniform" and self.scope not in ("head", "layer"):
             raise InvalidPolicyError(
                 f"spread is {self.spread!r} and scope {self.scope!r}; "
@@ -155,12 +158,17 @@ class CompressionPolicy:
         """Return how many of ``num_tokens`` (at least 1) tokens are kept, exactly."""
         if self.max_kept_tokens is not None:
             return min(self.max_kept_tokens, num_tokens)
-        return max(1, math.floor(_fraction(self.keep_ratio or 0.0) * num_tokens))
+        return max(1, math.floor(fraction(self.keep_ratio or 0.0) * num_tokens))
 
     @property
     def ranked_tokens(self) -> int:
         """Tokens that are kept or dropped together, at most."""
         return 1 if self.unit == "token" else self.chunk_size
+
+    @property
+    def num_queries(self) -> int:
+        """Trailing tokens whose queries a prefill has to keep, at least 1."""
+        return self.window_size if self.scorer == "window" else 1
 
     def canonical(self) -> str:
         """Return a string that names what this policy chooses.
@@ -171,7 +179,7 @@ class CompressionPolicy:
         budget = (
             f"max_kept_tokens={self.max_kept_tokens}"
             if self.max_kept_tokens is not None
-            else f"keep_ratio={_fraction(self.keep_ratio or 0.0)}"
+            else f"keep_ratio={fraction(self.keep_ratio or 0.0)}"
         )
         scope: str = self.scope
         if scope == "group":
@@ -183,22 +191,27 @@ class CompressionPolicy:
         )
 
     def _later_names(self) -> Iterator[str]:
-        if self.unit == "sentence":
+        if self.unit == "sentence" and self.ranked_tokens > 1:
             yield " cut=sentence"
         if self.spread != "uniform":
             yield f" spread={self.spread}"
-        if self.spread == "adaptive" and self.head_floor > 0:
-            yield f" floor={_fraction(self.head_floor)}"
+        if self.spread == "adaptive" and fraction(self.head_floor) > 0:
+            yield f" floor={fraction(self.head_floor)}"
         if self.scorer == "window" and self.vote_power > 1:
             yield f" power={self.vote_power}"
         if self.scorer == "window" and self.pool_size > 1:
             yield f" pool={self.pool_size}"
-        if self.ranked_tokens > 1 and self.gating > 0:
-            yield f" gating={_fraction(self.gating)}"
+        if self.ranked_tokens > 1 and fraction(self.gating) > 0:
+            yield f" gating={fraction(self.gating)}"
         if self.merge_layers:
             yield " merge=layers"
         if self.precision != "native":
             yield f" precision={self.precision}"
+
+
+def fraction(ratio: float) -> Fraction:
+    """Return what a ratio, floor or gating in ``[0, 1]`` is read as, on either side of the wire."""
+    return Fraction(ratio).limit_denominator(_MAX_DENOMINATOR)
 
 
 _CHOICES: Final[dict[str, Any]] = {
@@ -217,6 +230,8 @@ _LEAST: Final = {
     "vote_power": 1,
     "pool_size": 1,
 }
+# What the wire carries, and tensors of positions count in.
+_MOST: Final = 2**31 - 1
 _MAX_VOTE_POWER: Final = 8
 _FRACTIONS: Final = ("head_floor", "gating")
 
@@ -226,7 +241,3 @@ def _is_ratio(value: object) -> bool:
         return value == 1
     # NaN and infinities fail the comparison; the 32-bit neighbour of the least fraction passes.
     return isinstance(value, float) and _LEAST_RATIO <= value <= 1
-
-
-def _fraction(ratio: float) -> Fraction:
-    return Fraction(ratio).limit_denominator(_MAX_DENOMINATOR)

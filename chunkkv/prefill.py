@@ -45,7 +45,7 @@ def prefill(
     prefilled = run_prefill(
         model,
         input_ids,
-        window_size=policy.window_size,
+        window_size=policy.num_queries,
         scorers=(policy.scorer,),
         attention_mask=attention_mask,
         prefill_chunk_tokens=prefill_chunk_tokens,
@@ -72,7 +72,8 @@ def run_prefill(
     Args:
         model: A transformers decoder.
         input_ids: ``(batch, seq_len)`` int64, at least one token each.
-        window_size: Tokens whose queries are kept: the largest window of the policies to come.
+        window_size: Tokens whose queries are kept: the largest window of the policies to come
+            that score by it (``CompressionPolicy.num_queries``).
         scorers: Those of the policies to come. ``heavy_hitter`` and ``expected_attention`` watch
             the forward passes, which costs time, and must be named; ``reconstruction`` needs
             :func:`reconstruct` afterwards; the others need nothing.

@@ -7,7 +7,7 @@ preset's ``deviation``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from chunkkv.errors import InvalidPolicyError
@@ -35,6 +35,8 @@ class Preset:
     below_one: Mapping[str, Any] = field(default_factory=dict)
     deviation: str = ""
 
+
+_FIELDS: Final = frozenset(each.name for each in fields(CompressionPolicy))
 
 _SNAPKV: Final = {
     "scorer": "window",
@@ -188,13 +190,18 @@ def preset(
         max_kept_tokens: As in ``CompressionPolicy``.
         num_tokens: Tokens of the text, if known, at least 1: what a share of the budget is
             taken of.
-        **changes: Fields of ``CompressionPolicy`` that replace the preset's.
+        **changes: Fields of ``CompressionPolicy`` that replace the preset's. A scope that all or
+            several layers share gives up the preset's spread, unless that is changed too.
 
     Raises:
-        InvalidPolicyError: There is no such preset, or a value is out of range.
+        InvalidPolicyError: There is no such preset or field, or a value is out of range.
     """
     if name not in PRESETS:
         raise InvalidPolicyError(f"no preset {name!r}; give one of {', '.join(PRESETS)}")
+    if unknown := sorted(set(changes) - _FIELDS):
+        raise InvalidPolicyError(
+            f"a policy has no field {', '.join(unknown)}; fields are {', '.join(sorted(_FIELDS))}"
+        )
     chosen = PRESETS[name]
     budget = {"keep_ratio": keep_ratio, "max_kept_tokens": max_kept_tokens}
     choices = dict(chosen.choices)
@@ -206,4 +213,6 @@ def preset(
             kept = CompressionPolicy(**budget).budget(num_tokens)  # type: ignore[arg-type]
         if kept is not None:
             choices["window_size"] = max(1, int(kept * chosen.recent_share))
+    if changes.get("scope") in ("group", "global"):
+        choices["spread"] = "uniform"
     return CompressionPolicy(**{**budget, **choices, **changes})

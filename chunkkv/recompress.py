@@ -26,6 +26,7 @@ from chunkkv.policy import CompressionPolicy, Precision
 _RULES: Final = ("unit", "window", "sink")
 _SPREADS: Final = ("uniform", "pyramid", "adaptive")
 _CUTS: Final = ("chunk", "sentence")
+_FLOOR: Final = "[0-9]{1,10}(/[1-9][0-9]{0,9})?"
 
 
 def recompress(
@@ -92,14 +93,18 @@ class _Rules:
 def _rules(shape: SpanShape) -> _Rules | None:
     """Read the rules out of the policy's name; ``None``: it has none, or the scores are missing."""
     named = dict(word.partition("=")[::2] for word in shape.policy.split())
-    if not shape.has_scores or not all(named.get(name, "").isdecimal() for name in _RULES):
+    # Not the number of digits that nobody's policy has: names come out of a store.
+    is_named = all(re.fullmatch("[0-9]{1,10}", named.get(name, "")) for name in _RULES)
+    if not shape.has_scores or not is_named:
         return None
     spread, cut = named.get("spread", "uniform"), named.get("cut", "chunk")
     floor = named.get("floor", "0")
-    if spread not in _SPREADS or cut not in _CUTS or not re.fullmatch(r"\d+(/[1-9]\d*)?", floor):
+    if spread not in _SPREADS or cut not in _CUTS or not re.fullmatch(_FLOOR, floor):
         return None
     unit, window, sink = (int(named[name]) for name in _RULES)
-    return _Rules(unit, window, sink, spread, Fraction(floor), cut) if unit else None
+    if unit < 1 or Fraction(floor) > 1:
+        return None
+    return _Rules(unit, window, sink, spread, Fraction(floor), cut)
 
 
 _List = tuple[int, bool, tuple[int, ...]]  # an index list, as layers of one kind read it

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from chunkkv.errors import InvalidInputError
-from chunkkv.policy import CompressionPolicy
+from chunkkv.policy import CompressionPolicy, fraction
 from chunkkv.units import Units, chunks, sentences
 
 # Of an equal share, what the last layer gets of a pyramid. As PyramidKV's default (beta = 20).
@@ -136,9 +136,11 @@ def select_positions(
     kept = (order >= seq_len - num_window) | (order < num_sink)
     num_ranked = budget - num_window - num_sink
     if int(num_ranked.sum()) > 0:
-        ranking = _Ranking.of(scores, ~kept, units, gating=gating)
+        ranking = _Ranking.of(scores, ~kept, units, gating=float(fraction(gating)))
         if is_shared:
-            best = ranking.with_floor(num_ranked.float().mul(floor).long())
+            # In integers: as the span's name says it, by which it is compressed further.
+            share = fraction(floor)
+            best = ranking.with_floor(num_ranked * share.numerator // share.denominator)
             chosen = best.joined().best(num_ranked.sum().view(1, 1))
         else:
             chosen = ranking.best(num_ranked)

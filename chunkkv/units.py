@@ -60,4 +60,5 @@ def sentences(ends: torch.Tensor, unit_tokens: int) -> Units:
     first = torch.where(starts, order, 0).cummax(dim=0).values  # of each token's sentence
     inside = (order - first) % unit_tokens
     unit = (inside == 0).cumsum(dim=0) - 1
+    unit_tokens = int(inside.max()) + 1  # of the longest one: gaps cost memory
     return Units(unit * unit_tokens + inside, int(unit[-1]) + 1, unit_tokens, by_mean=True)

@@ -26,8 +26,6 @@ from chunkkv.scoring.observed import Observer
 PREFILL_TOKENS: Final = 2048
 """Tokens of one forward pass at most."""
 
-# What a token can receive of one query at most: the question's tokens are kept before all others.
-
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -109,8 +107,7 @@ def prefill_context(
         num_padding=torch.zeros(1, dtype=torch.int64),
     )
     scorers = {policy.scorer for policy in policies}
-    windows = [policy.window_size for policy in policies if policy.scorer == "window"]
-    probe = QueryProbe(max(windows, default=1))
+    probe = QueryProbe(max((policy.num_queries for policy in policies), default=1))
     watching = observers(model, scorers, span)
     _run(model, token_ids, cache, Probes((probe, *watching.values())))
     prefilled = Prefilled(

@@ -161,7 +161,8 @@ def _read_records(path: Path) -> dict[Key, Record]:
         return {}
     names = [field.name for field in fields(Record)]
     records = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not ``splitlines``: answers may hold other line breaks, which JSON leaves as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             read = json.loads(line)
             values: dict[str, Any] = {

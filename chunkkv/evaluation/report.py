@@ -103,7 +103,7 @@ def markdown(summaries: Sequence[Summary]) -> str:
         for visible in (False, True):
             # The full cache is the same either way.
             rows = [s for s in of_task if s.is_question_visible == visible or s.method == FULL]
-            if any(s.method != FULL for s in rows) or not visible:
+            if any(s.method != FULL for s in rows) or (rows and not visible):
                 blocks.append(_block(task, length, visible, rows))
     return "\n".join(blocks)
 

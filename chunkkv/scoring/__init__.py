@@ -12,7 +12,7 @@ import torch
 
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
-from chunkkv.scoring import key_diff, key_norm, observed, recall, recency, reconstruction, window
+from chunkkv.scoring import key_diff, key_norm, observed, recency, window
 from chunkkv.scoring.expected_attention import ExpectedAttention
 from chunkkv.scoring.heavy_hitter import HeavyHitters
 from chunkkv.scoring.key_diff import key_diff_scores
@@ -35,8 +35,8 @@ __all__ = [
 
 _SCORERS: Final[dict[Scorer, Callable[[Prefilled, CompressionPolicy, int], torch.Tensor]]] = {
     "window": window.score_layer,
-    "reconstruction": reconstruction.score_layer,
-    "recall": recall.score_layer,
+    "reconstruction": observed.score_layer,
+    "recall": observed.score_layer,
     "key_diff": key_diff.score_layer,
     "heavy_hitter": observed.score_layer,
     "recency": recency.score_layer,

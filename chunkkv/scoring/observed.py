@@ -1,4 +1,4 @@
-"""Scorers that watch the model run: what they are told, and where their scores are found."""
+"""Scorers that watch the model run: what they are told, and where all their scores are found."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> 
     """Return the scores of one layer's span; see ``chunkkv.scoring.layer_scores``.
 
     Raises:
-        InvalidInputError: The scorer did not watch the prefill.
+        InvalidInputError: The scorer did not watch the prefill, or the text was not repeated.
     """
     if policy.scorer not in prefilled.observed:
         raise InvalidInputError(
-            f"{policy.scorer} did not watch the prefill; "
-            f"call run_prefill with scorers=[{policy.scorer!r}]"
+            f"there are no scores of {policy.scorer}; call run_prefill with "
+            f"scorers=[{policy.scorer!r}], then repeat with the same"
         )
     return prefilled.observed[policy.scorer][layer]

@@ -14,8 +14,6 @@ import torch
 
 from chunkkv.attention import PROBE_ARGUMENT, observable, scaling_of
 from chunkkv.cache import KeptLayer
-from chunkkv.errors import InvalidInputError
-from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_paid, by_kv_head, visible_keys
 
@@ -136,14 +134,3 @@ class RecallProbe:
             paid = attention_paid(asking, seen, visible, softcap, power=VOTE_POWER)
             received += paid[0, :, : self.num_seen]
         self.scores[layer] = received / grouped.shape[2]
-
-
-def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> torch.Tensor:
-    """Return the scores of one layer's span; see ``chunkkv.scoring.layer_scores``.
-
-    Raises:
-        InvalidInputError: The text was not repeated.
-    """
-    if "recall" not in prefilled.observed:
-        raise InvalidInputError("the text was not repeated; call repeat after the prefill")
-    return prefilled.observed["recall"][layer]

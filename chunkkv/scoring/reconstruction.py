@@ -14,8 +14,6 @@ import torch
 
 from chunkkv.attention import PROBE_ARGUMENT, observable, scaling_of
 from chunkkv.cache import KeptLayer
-from chunkkv.errors import InvalidInputError
-from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_logits, by_kv_head, visible_keys
 
@@ -123,17 +121,6 @@ def most_attention(
             shares.masked_fill_(is_silent[:, None, None, :, None], float("-inf"))
         most = torch.maximum(most, shares.amax(dim=(2, 3)))
     return most.exp()
-
-
-def score_layer(prefilled: Prefilled, policy: CompressionPolicy, layer: int) -> torch.Tensor:
-    """Return the scores of one layer's span; see ``chunkkv.scoring.layer_scores``.
-
-    Raises:
-        InvalidInputError: The text was not repeated.
-    """
-    if "reconstruction" not in prefilled.observed:
-        raise InvalidInputError("the text was not repeated; call repeat after the prefill")
-    return prefilled.observed["reconstruction"][layer]
 
 
 @dataclass(slots=True)

@@ -133,6 +133,28 @@ def to_wire(
     return message
 
 
+def of_answer(policy: chunkkv.CompressionPolicy, num_kept: int) -> chunkkv.CompressionPolicy:
+    """Return the policy by which an answer whose KV is bounded keeps so many tokens.
+
+    Answers are stored native, every layer by itself.
+    """
+    return dataclasses.replace(
+        policy,
+        keep_ratio=None,
+        max_kept_tokens=num_kept,
+        # The sink is the beginning of the conversation, not that of an answer.
+        sink_tokens=0,
+        # The tail has one length in all layers and heads, and nobody knows its sentences.
+        spread="uniform",
+        unit="token" if policy.unit == "token" else "chunk",
+        # Latest tokens ask, whatever the scorer; what they pay is not averaged over neighbours.
+        vote_power=policy.vote_power if policy.scorer == "window" else 1,
+        pool_size=1,
+        merge_layers=False,
+        precision="native",
+    )
+
+
 def message_of(fields: Mapping[str, Any]) -> types_pb2.CompressionPolicy:
     """Return a message that sets some fields of the library's policy; ``None`` leaves one unset."""
     message = types_pb2.CompressionPolicy()

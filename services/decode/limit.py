@@ -6,7 +6,6 @@ are kept. Tensors in, indices out; knows no memory and no sequence.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ import torch
 
 import chunkkv
 from chunkkv.selection import scored_layers
+from services.compress import policy as policies
 
 # Of the tokens that may be dropped, so much is dropped at a time: often enough that the KV stays
 # near its bound, rarely enough that scoring costs little.
@@ -52,16 +52,7 @@ class KVLimit:
 
     def choosing(self, num_kept: int) -> chunkkv.CompressionPolicy:
         """Return the policy that keeps so many tokens."""
-        return dataclasses.replace(
-            self.policy,
-            keep_ratio=None,
-            max_kept_tokens=num_kept,
-            # The sink is the beginning of the conversation, not that of an answer.
-            sink_tokens=0,
-            # The tail has one length in all layers and heads, and nobody knows its sentences.
-            spread="uniform",
-            unit="token" if self.policy.unit == "token" else "chunk",
-        )
+        return policies.of_answer(self.policy, num_kept)
 
     def canonical(self) -> str:
         """Return what names the choice in a stored span."""
@@ -116,7 +107,13 @@ def chosen_tokens(
     """
     scores = torch.stack(
         [
-            _scores(queries.of(layers[ordinal]), keys[ordinal], queries.softcap, num_candidates)
+            _scores(
+                queries.of(layers[ordinal]),
+                keys[ordinal],
+                queries.softcap,
+                num_candidates,
+                power=policy.vote_power,
+            )
             for ordinal in scored_layers(policy, len(layers))
         ]
     )
@@ -129,12 +126,14 @@ def _scores(
     keys: Sequence[torch.Tensor],
     softcap: float | None,
     num_candidates: int,
+    *,
+    power: int,
 ) -> torch.Tensor:
     """Return ``(num_kv_heads, num_candidates)``: attention paid to the candidates of one layer."""
     rows = [
-        chunkkv.window_scores(queries[head][None], own[None, None], scaling=1.0, softcap=softcap)[
-            0, 0, -num_candidates:
-        ]
+        chunkkv.window_scores(
+            queries[head][None], own[None, None], scaling=1.0, softcap=softcap, power=power
+        )[0, 0, -num_candidates:]
         for head, own in enumerate(keys)
     ]
     return torch.stack(rows)

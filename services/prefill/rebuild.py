@@ -204,6 +204,4 @@ def _policy(entry: session_pb2.Segment) -> chunkkv.CompressionPolicy | None:
     kept = _num_kept_tokens(entry)
     if kept in (0, entry.num_tokens):  # 0: a model that only has sliding windows
         return None
-    return dataclasses.replace(
-        policy, keep_ratio=None, max_kept_tokens=kept, sink_tokens=0, precision="native"
-    )
+    return policies.of_answer(policy, kept)

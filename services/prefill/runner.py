@@ -128,7 +128,7 @@ class PrefillRunner:
             prefilled = chunkkv.run_prefill(
                 model,
                 input_ids,
-                window_size=1 if policy is None else policy.window_size,
+                window_size=1 if policy is None else policy.num_queries,
                 scorers=() if policy is None else (policy.scorer,),
                 past=past,
                 prefill_chunk_tokens=self._chunk_tokens,

@@ -51,7 +51,7 @@ def slow_rows(
     if is_shared:
         joined = []
         for own, room in zip(units, rooms, strict=True):
-            joined += _with_floor(own, int(room * floor))
+            joined += _with_floor(own, math.floor(room * Fraction(str(floor))))
         _take(joined, sum(rooms), rows, kept)
     else:
         for own, room in zip(units, rooms, strict=True):

@@ -331,6 +331,18 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "index list below zero": lambda body: body["shape"]["layers"][3].update(index_list=-1),
     "unknown precision": lambda body: body["shape"].update(precision="int2"),
     "precision that takes fewer bytes": lambda body: body["shape"].update(precision="int4"),
+    "identity that is no text": lambda body: body.update(identity=7),
+    "policy that is no text": lambda body: body["shape"].update(policy=None),
+    "numbers that are no floats": lambda body: body["shape"].update(dtype="int32"),
+    "dtype that is no text": lambda body: body["shape"].update(dtype=None),
+    "first token that is no integer": lambda body: body["shape"].update(first_token=0.0),
+    "first token below zero": lambda body: body["shape"].update(first_token=-1),
+    "first token past all counting": lambda body: body["shape"].update(first_token=2**64),
+    "tokens that are no integer": lambda body: body["shape"].update(num_tokens=None),
+    "scores that are neither there nor not": lambda body: body["shape"].update(has_scores=1),
+    "sliding that is a list": lambda body: body["shape"]["layers"][0].update(is_sliding=[]),
+    "sizes of parts that are no list": lambda body: body.update(part_sizes="x"),
+    "size of a part that is no integer": lambda body: body.update(part_sizes=[None]),
     "another size of parts": lambda body: body["part_sizes"].append(1),
 }
 

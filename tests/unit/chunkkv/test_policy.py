@@ -46,6 +46,8 @@ def test_ratio_that_is_no_number_is_refused(ratio: Any):
         ("window_size", 1),
         ("sink_tokens", 0),
         ("reuse_interval", 1),
+        ("vote_power", 1),
+        ("pool_size", 1),
     ],
 )
 def test_integers_begin_at_their_least_value(field: str, least: int):
@@ -55,6 +57,34 @@ def test_integers_begin_at_their_least_value(field: str, least: int):
     for wrong in (least - 1, -5, 2.0, 1.5, math.nan, INFINITY, "3", True):
         with pytest.raises(InvalidPolicyError, match=rf"{field} is .*at least {least}"):
             CompressionPolicy(**{field: wrong})
+
+
+@pytest.mark.parametrize(
+    "field", ["max_kept_tokens", "chunk_size", "window_size", "sink_tokens", "pool_size"]
+)
+def test_integers_end_where_the_wire_does(field: str):
+    assert getattr(CompressionPolicy(**{field: 2**31 - 1}), field) == 2**31 - 1
+    for wrong in (2**31 + 1, 2**64 + 1):
+        with pytest.raises(InvalidPolicyError, match=rf"{field} is {wrong}; .*at most 2147483647"):
+            CompressionPolicy(**{field: wrong})
+
+
+@pytest.mark.parametrize("field", ["head_floor", "gating"])
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, math.nan, INFINITY, "0.5", None, True])
+def test_a_fraction_that_is_none_is_refused(field: str, wrong: Any):
+    with pytest.raises(InvalidPolicyError, match=f"{field} is .*a number from 0 to 1"):
+        CompressionPolicy(**{field: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["false", 0, 1, None])
+def test_merging_layers_is_true_or_false_and_no_word_for_it(wrong: Any):
+    with pytest.raises(InvalidPolicyError, match=r"merge_layers is .*give true or false"):
+        CompressionPolicy(merge_layers=wrong)
+
+
+def test_only_the_window_asks_for_more_than_one_query():
+    assert CompressionPolicy(scorer="window", window_size=9).num_queries == 9
+    assert CompressionPolicy(scorer="heavy_hitter", window_size=9).num_queries == 1
 
 
 @pytest.mark.parametrize(
@@ -155,6 +185,16 @@ EQUAL_CHOICES = [
     ({"unit": "token"}, {"unit": "chunk", "chunk_size": 1}),
     ({"scope": "layer", "reuse_interval": 2}, {"scope": "layer", "reuse_interval": 5}),
     ({"scope": "group", "reuse_interval": 1}, {"scope": "layer"}),
+    ({"unit": "sentence", "chunk_size": 1}, {"unit": "token"}),
+    ({"gating": 1e-9}, {}),
+    ({"gating": float(np.float32(0.1))}, {"gating": 0.1}),
+    ({"spread": "adaptive", "head_floor": 1e-9}, {"spread": "adaptive"}),
+    (
+        {"spread": "adaptive", "head_floor": float(np.float32(0.2))},
+        {"spread": "adaptive", "head_floor": 0.2},
+    ),
+    ({"scorer": "recency", "vote_power": 2, "pool_size": 3}, {"scorer": "recency"}),
+    ({"head_floor": 0.5}, {}),
 ]
 
 

@@ -46,6 +46,26 @@ def test_changes_replace_what_a_preset_says() -> None:
     assert (policy.precision, policy.chunk_size, policy.window_size) == ("int4", 7, 16)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("scope", ["head", "layer", "group", "global"])
+def test_a_scope_is_a_change_that_every_preset_takes(name: str, scope: str) -> None:
+    policy = preset(name, keep_ratio=0.5, scope=scope)
+
+    spread = PRESETS[name].choices.get("spread", "uniform")
+    assert policy.scope == scope
+    assert policy.spread == (spread if scope in ("head", "layer") else "uniform")
+
+
+def test_a_scope_and_a_spread_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidPolicyError, match="spread is 'adaptive' and scope 'global'"):
+        preset("fast", scope="global", spread="adaptive")
+
+
+def test_a_field_that_no_policy_has_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(InvalidPolicyError, match=r"no field chunksize; fields are chunk_size, "):
+        preset("fast", chunksize=7)
+
+
 def test_unknown_preset_is_refused_with_those_that_exist() -> None:
     with pytest.raises(InvalidPolicyError, match=r"no preset 'nope'.*snapkv"):
         preset("nope")

@@ -120,7 +120,7 @@ def test_twice_chooses_what_once_chooses(
 @given(
     choices=policies,
     scope=st.sampled_from(["head", "layer"]),
-    floor=st.sampled_from([0.0, 0.25, 1.0]),
+    floor=st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.7, 1.0]),
     num_tokens=st.integers(1, 90),
     budgets=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     seed=st.integers(0, 999),
@@ -431,7 +431,17 @@ def test_neighbours_that_were_cut_at_sentences_are_one_unit():
 
 
 @pytest.mark.parametrize(
-    "word", ["spread=otherwise", "cut=verse", "spread=adaptive floor=many", "floor=1/0"]
+    "word",
+    [
+        "spread=otherwise",
+        "cut=verse",
+        "spread=adaptive floor=many",
+        "floor=1/0",
+        "spread=adaptive floor=3/2",
+        f"floor={'1' * 5000}",
+        f"unit={'1' * 5000}",
+        f"sink={2**70}",
+    ],
 )
 def test_rules_of_a_kind_that_is_not_known_are_not_guessed(word: str):
     rules = f"keep_ratio=1 scorer=window unit=1 scope=head window=1 sink=0 {word}"

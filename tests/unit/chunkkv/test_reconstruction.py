@@ -192,7 +192,7 @@ def test_a_hook_runs_before_each_piece_and_may_end_the_pass():
 def test_text_that_was_not_repeated_is_refused():
     prefilled = chunkkv.run_prefill(tiny_model(), prompts(30)[0], window_size=8)
 
-    with pytest.raises(InvalidInputError, match="call repeat after the prefill"):
+    with pytest.raises(InvalidInputError, match=r"scorers=\['reconstruction'\], then repeat"):
         chunkkv.compress(prefilled, POLICY)
 
 

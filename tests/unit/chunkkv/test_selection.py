@@ -246,6 +246,41 @@ def test_a_floor_gives_every_head_its_own_best_units_first():
     assert len(selection.lists[0][0]) == 31
 
 
+def test_a_floor_is_exact_in_tokens():
+    # A row's own best units are the first ones; the other row's tokens are better than all.
+    scores = torch.stack([torch.full((200,), 9.0), 1 / torch.arange(1.0, 201.0)])
+    for tenths in range(1, 10):
+        for budget in range(2, 102):
+            room = budget - 1
+            floor = float(torch.tensor(tenths / 10))  # as it comes over the wire
+
+            kept = select_positions(
+                scores,
+                [budget, budget],
+                chunks(200, 1, scores.device),
+                window_size=1,
+                sink_tokens=0,
+                is_shared=True,
+                floor=floor,
+            )
+
+            assert len(kept[1]) == 1 + room * tenths // 10
+
+
+def test_equal_names_choose_equal_tokens():
+    scores = torch.rand(2, 2, 97, generator=torch.Generator().manual_seed(1))
+    for gating in (1e-9, 0.00001, 0.00004):
+        policy = CompressionPolicy(gating=gating, chunk_size=5, window_size=1)
+        plain = CompressionPolicy(chunk_size=5, window_size=1)
+
+        found, expected = (select(scores, p, num_layers=2).lists for p in (policy, plain))
+
+        assert policy.canonical() == plain.canonical()
+        assert all(
+            torch.equal(a, b) for a, b in zip(sum(found, ()), sum(expected, ()), strict=True)
+        )
+
+
 def test_gating_spends_what_a_concentrated_chunk_does_not_need():
     scores = torch.zeros(1, 21)
     scores[0, 2] = 9  # the first chunk is one token
@@ -276,6 +311,14 @@ def test_a_sentence_longer_than_a_chunk_makes_several():
 
     assert units.num_units == 3
     assert units.slots.tolist() == [0, 1, 2, 3, 4, 5, 8]
+
+
+def test_short_sentences_take_no_room_for_a_long_chunk():
+    ends = torch.arange(1000) % 4 == 3
+
+    units = sentences(ends, 2**31 - 1)
+
+    assert (units.num_units, units.unit_tokens) == (250, 4)
 
 
 def test_sentences_without_their_ends_are_refused():

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from chunkkv import PRESETS, CompressionPolicy, preset
 from chunkkv.policy import Precision, Scope, Scorer, Spread, Unit
 from chunkserve.v1 import types_pb2
-from services.compress.policy import for_prefixes, from_wire, message_of, overlaid, to_wire
+from services.compress.policy import (
+    for_prefixes,
+    from_wire,
+    message_of,
+    of_answer,
+    overlaid,
+    to_wire,
+)
 from services.runtime.errors import InvalidRequestError
 
 DEFAULT = CompressionPolicy(
@@ -265,3 +272,15 @@ def test_fields_that_are_none_are_not_set():
     assert message_of({"keep_ratio": None, "unit": "sentence", "gating": 0.5}) == message(
         unit=types_pb2.UNIT_SENTENCE, gating=0.5
     )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_answer_is_kept_by_equal_lists_of_its_own_and_stored_as_it_is(name: str) -> None:
+    whole = preset(name, keep_ratio=0.5, precision="int4", unit="sentence", merge_layers=True)
+
+    policy = of_answer(whole, 7)
+
+    assert policy.budget(1000) == 7
+    assert (policy.unit, policy.spread, policy.sink_tokens) == ("chunk", "uniform", 0)
+    assert (policy.precision, policy.merge_layers) == ("native", False)
+    assert (policy.scorer, policy.scope) == (whole.scorer, whole.scope)

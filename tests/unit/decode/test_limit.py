@@ -47,6 +47,7 @@ def run(model: Any, kv: SequenceKV, ids: list[int]) -> list[int]:
         ("llama", "group", "chunk"),
         ("llama", "global", "chunk"),
         ("gemma3", "layer", "chunk"),
+        ("llama", "layer", "sentence"),
     ],
 )
 def test_kept_tokens_never_pass_the_bound_and_stay_near_it(
@@ -76,11 +77,13 @@ def test_nothing_is_dropped_before_the_bound_is_reached() -> None:
         assert torch.equal(one, two)
 
 
-def test_what_is_dropped_is_what_the_policy_drops() -> None:
+@pytest.mark.parametrize("vote_power", [1, 4])
+def test_what_is_dropped_is_what_the_policy_drops(vote_power: int) -> None:
     """The first compression keeps exactly what the library keeps of the same tokens."""
     model = tiny_model("llama")
     ids = tokens(64)
-    limit = KVLimit(64, dataclasses.replace(POLICY, sink_tokens=0))
+    policy = dataclasses.replace(POLICY, sink_tokens=0, vote_power=vote_power, pool_size=5)
+    limit = KVLimit(64, policy)
     prefilled = chunkkv.run_prefill(
         model, torch.tensor([ids]), window_size=8, fingerprint=FINGERPRINT
     )
@@ -100,6 +103,16 @@ def test_what_is_dropped_is_what_the_policy_drops() -> None:
             assert head.tolist() == right.positions.tolist()
         torch.testing.assert_close(seen.keys, right.keys, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(seen.values, right.values, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", chunkkv.PRESETS)
+def test_answers_are_bounded_by_every_preset(name: str) -> None:
+    model = tiny_model("llama", max_position_embeddings=4096)
+    use_sequences(model)
+    limit = KVLimit(80, chunkkv.preset(name, max_kept_tokens=16))
+    kv = bounded_kv(kv_geometry(model), limit)
+
+    assert max(run(model, kv, tokens(120))) <= 80
 
 
 @pytest.mark.parametrize("prompt_tokens", [200, 256, 300], ids=["gathered", "edge", "in place"])

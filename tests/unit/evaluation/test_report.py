@@ -6,8 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+
 from chunkkv.evaluation.plots import write_plots
-from chunkkv.evaluation.records import Record
+from chunkkv.evaluation.records import Record, open_results
 from chunkkv.evaluation.report import markdown, summarize, write_report
 
 
@@ -47,6 +49,25 @@ def test_summary_is_the_mean_over_questions() -> None:
 
     assert (found.num_questions, found.exact, found.graded) == (4, 0.5, 0.625)
     assert (found.length, found.stored_share) == (1000, 0.1)
+
+
+def test_run_that_was_cut_off_before_the_full_cache_has_a_table() -> None:
+    table = markdown(summarize([record("fast", 0.1, (1.0,), visible=True)]))
+
+    assert table.startswith("### needle, 1000 tokens: question seen at compression, 1 questions\n")
+
+
+@pytest.mark.parametrize("answer", ["a\u2028b\x85c\r\nd", ""])
+def test_answers_come_back_whatever_they_hold(answer: str, tmp_path: Path) -> None:
+    written = dataclasses.replace(record("fast", 0.1, (1.0,)), answers=(answer,))
+    results = open_results(tmp_path, {}, {})
+    results.append(written)
+    results.append(record("fast", 0.3, (1.0,)))
+
+    found = open_results(tmp_path, {}, {}).records
+
+    assert len(found) == 2
+    assert found[written.key].answers == (answer,)
 
 
 def test_table_has_a_row_for_each_method_the_best_first() -> None:
