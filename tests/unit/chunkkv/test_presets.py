@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from models import FAMILIES, prompts, tiny_model
 
 import chunkkv
 from chunkkv import PRESETS, CompressionPolicy, InvalidPolicyError, preset
@@ -107,3 +108,25 @@ def test_damaged_policy_file_is_refused(text: str, problem: str, tmp_path: Path)
 def test_missing_policy_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidPolicyError, match=r"nothing\.json"):
         chunkkv.policy_from_file(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_preset_keeps_its_exact_budget_of_every_row_and_can_be_gone_on_from(
+    family: str, name: str
+) -> None:
+    model = tiny_model(family)
+    lengths = (60, 41)
+    ids, mask = prompts(*lengths)
+    policy = preset(name, keep_ratio=0.4)
+
+    kept = chunkkv.prefill(model, ids[:, :-1], policy, attention_mask=mask[:, :-1])
+
+    for row, length in zip(kept, lengths, strict=True):
+        heads = [n for layer in row.layers if not layer.is_sliding for n in layer.lengths]
+        assert sum(heads) == policy.budget(length - 1) * len(heads)
+    token_ids = [ids[row, -length:] for row, length in enumerate(lengths)]
+    for row, tokens in enumerate(token_ids):
+        inputs = chunkkv.generation_inputs(model, [[kept[row]]], [tokens])
+        alone = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert alone.shape == (1, lengths[row] + 3)
