@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +26,7 @@ from services.local.model import ensure_demo_model
 
 NUM_TOKENS = 1150  # of the document; question and template bring it to about 1,200
 MAX_NEW_TOKENS = 24
+UNSEEING_SCORERS: tuple[Scorer, ...] = ("window", "reconstruction", "recall", "key_diff")
 
 
 def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
@@ -36,6 +37,7 @@ def methods(keep_ratio: float) -> dict[str, chunkkv.CompressionPolicy]:
 
     return {
         "full cache": chunkkv.CompressionPolicy(keep_ratio=1.0),
+        "fast": chunkkv.preset("fast", keep_ratio=keep_ratio),
         "chunk 20, layer (ChunkKV)": policy(),
         "chunk 20, layer, fp8": policy(precision="fp8"),
         "chunk 20, layer, int8": policy(precision="int8"),
@@ -56,8 +58,11 @@ def methods_without_question(keep_ratio: float) -> dict[str, chunkkv.Compression
         f"unseen question: {scorer}, {scope}": chunkkv.CompressionPolicy(
             keep_ratio=keep_ratio, scorer=scorer, scope=scope
         )
-        for scorer in get_args(Scorer)
+        for scorer in UNSEEING_SCORERS
         for scope in ("layer", "global")
+    } | {
+        f"unseen question: {name}": chunkkv.preset(name, keep_ratio=keep_ratio)
+        for name in ("kvzip", "durable")
     }
 
 
@@ -78,7 +83,7 @@ def answers(
 
     before = ids[:, : num_common(ids[0].tolist(), _prompt(tokenizer, text)[0].tolist())]
     prefilled = chunkkv.run_prefill(model, before, window_size=window)
-    prefilled = chunkkv.reconstruct(model, prefilled, before)
+    prefilled = chunkkv.repeat(model, prefilled, before, UNSEEING_SCORERS)
     return seen | _generated(model, tokenizer, ids, prefilled, unseeing)
 
 

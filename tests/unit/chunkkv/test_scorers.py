@@ -147,7 +147,7 @@ def test_one_prefill_serves_policies_of_all_scorers():
     prefilled = chunkkv.run_prefill(
         model, ids, window_size=8, scorers=SCORERS, attention_mask=mask, prefill_chunk_tokens=16
     )
-    prefilled = chunkkv.reconstruct(model, prefilled, ids)
+    prefilled = chunkkv.repeat(model, prefilled, ids, SCORERS)
 
     for scorer in SCORERS:
         policy = CompressionPolicy(scorer=scorer, **SMALL)
