@@ -75,8 +75,8 @@ def run_prefill(
         window_size: Tokens whose queries are kept: the largest window of the policies to come
             that score by it (``CompressionPolicy.num_queries``).
         scorers: Those of the policies to come. ``heavy_hitter`` and ``expected_attention`` watch
-            the forward passes, which costs time, and must be named; ``reconstruction`` needs
-            :func:`reconstruct` afterwards; the others need nothing.
+            the forward passes, which costs time, and must be named; ``reconstruction`` and
+            ``recall`` need :func:`repeat` afterwards; the others need nothing.
         attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
         past: The sequence's earlier KV, for a batch of one without padding; it is extended. Heads
             and layers may hold different numbers of tokens.

@@ -25,7 +25,8 @@ class Prefilled:
         fingerprint: Of the model.
         observed: Scores that only a running model gives, by their scorer, then by index of each
             full-attention layer: ``(batch, num_kv_heads, longest)`` float32, padding 0. Holds what
-            the prefill was asked to observe, and ``reconstruction`` once the text was repeated.
+            the prefill was asked to observe, and ``reconstruction`` and ``recall`` once the text
+            was repeated for them.
         sentence_ends: ``(batch, longest)`` bool: the token ends a sentence; ``None`` if nobody
             said. Policies of unit ``sentence`` need it.
     """

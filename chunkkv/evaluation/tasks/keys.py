@@ -105,6 +105,8 @@ class MultiValueTask:
                 f"num_queries={self.num_queries}, num_keys={self.num_keys}; "
                 f"1 <= num_queries <= num_keys <= {len(_PLACES)}"
             )
+        if self.num_values < 1:
+            raise InvalidInputError(f"num_values={self.num_values}; at least 1")
 
     @property
     def name(self) -> str:

@@ -226,6 +226,7 @@ def test_mixed_questions_are_of_five_kinds_and_true():
         (NeedleGridTask, {"lengths": ()}, r"lengths=\(\)"),
         (MultiKeyTask, {"num_keys": 3}, "num_questions=4, num_keys=3"),
         (MultiValueTask, {"num_queries": 5}, "num_queries=5"),
+        (MultiValueTask, {"num_values": 0}, "num_values=0"),
         (VariableTrackingTask, {"num_chains": 0}, "num_chains=0"),
         (MixedQuestionsTask, {"num_members": 5}, "num_members=5"),
     ],
