@@ -35,7 +35,8 @@ _FACTS: Final = {
     0.45: "The telephone number of Dr. Lindqvist is 5539, and her office is in the Orange Tower.",
     0.62: "The lighthouse of Skagen was built in 1858 by the architect Niels Bergmann.",
 }
-_COMPRESSION: Final = Compression(keep_ratio=0.2)
+# Both questions are about one document, and the second is yet to come when it is compressed.
+_COMPRESSION: Final = Compression(preset="durable", keep_ratio=0.2)
 _MAX_TOKENS: Final = 40
 
 
