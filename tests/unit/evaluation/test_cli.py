@@ -97,7 +97,7 @@ def test_setting_that_does_not_fit_is_wrong_usage(
 def test_length_that_is_none_is_wrong_usage(tmp_path: Path) -> None:
     run = ("eval", "run", "needle", "no-model", "--out", str(tmp_path / "out"), "--tokens")
 
-    assert "x>=1" in invoke(*run, "0", code=2)
+    assert "--tokens" in invoke(*run, "0", code=2)
     assert "not both" in invoke(*run, "500", "--set", "num_tokens=500", code=2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -75,5 +77,6 @@ def test_sentences_of_context_and_question_are_those_of_one_text() -> None:
 
 
 def test_context_refuses_to_be_cut_at_sentences_that_nobody_told() -> None:
+    cannot_run = SimpleNamespace(device="cpu")
     with pytest.raises(InvalidInputError, match="sentence_ending_tokens"):
-        prefill_context(object(), [3, 4], [CompressionPolicy(unit="sentence")])
+        prefill_context(cannot_run, [3, 4], [CompressionPolicy(unit="sentence")])
