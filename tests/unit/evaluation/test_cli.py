@@ -81,6 +81,7 @@ def test_what_is_wrong_is_said_in_a_line(model: str, tmp_path: Path) -> None:
         ("needle-grid", "depths=(2,)", "depths are in [0, 1]"),
         ("longbench", "dataset=", "dataset is ''; give a text"),
         ("longbench", "max_prompt_tokens=x", "give an integer"),
+        ("jailbreakv", "max_new_tokens=x", "give an integer"),
         ("gsm8k", "test_file=", "test_file is ''; give a text"),
         ("gsm8k", "num_shots=2", "test_file"),
         ("gsm8k", "as_chat=1", "give true or false"),
