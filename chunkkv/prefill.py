@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring import ObservedSpan, observers, repeat
+from chunkkv.sentence_ends import ends_of
 
 
 def prefill(
@@ -25,6 +27,7 @@ def prefill(
     *,
     attention_mask: torch.Tensor | None = None,
     prefill_chunk_tokens: int | None = None,
+    sentence_ends: torch.Tensor | None = None,
 ) -> list[CompressedKV]:
     """Run a model over prompts and keep what ``policy`` says of their KV cache.
 
@@ -35,13 +38,17 @@ def prefill(
         policy: What to keep.
         attention_mask: ``(batch, seq_len)``, 0 for padding, which must be on the left.
         prefill_chunk_tokens: Run the prompt in pieces of so many tokens, to bound memory.
+        sentence_ends: ``(vocab_size,)`` bool: the token ends a sentence, as
+            ``sentence_ending_tokens(tokenizer)`` gives it. Policies of unit ``sentence`` need it.
 
     Returns:
         One span for each row. Rows do not influence each other.
 
     Raises:
-        InvalidInputError: Shapes do not fit, a row is empty, or padding is not on the left.
+        InvalidInputError: Shapes do not fit, a row is empty, padding is not on the left, or the
+            policy cuts at sentences and nothing says where they end.
     """
+    ends = ends_of(input_ids, sentence_ends, (policy,))
     prefilled = run_prefill(
         model,
         input_ids,
@@ -51,7 +58,7 @@ def prefill(
         prefill_chunk_tokens=prefill_chunk_tokens,
     )
     prefilled = repeat(model, prefilled, input_ids, (policy.scorer,))
-    return compress(prefilled, policy)
+    return compress(replace(prefilled, sentence_ends=ends), policy)
 
 
 @torch.no_grad()

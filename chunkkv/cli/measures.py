@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 import typer
 from rich.table import Table
 
@@ -31,6 +32,7 @@ from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
 from chunkkv.presets import PRESETS
 from chunkkv.presets import preset as made_preset
+from chunkkv.sentence_ends import sentence_ending_tokens
 
 REUSE: Final[dict[str, dict[str, Any]]] = {
     "N = 1 (a list a layer)": {"scope": "layer"},
@@ -71,6 +73,7 @@ def fidelity(
         loaded,
         read_tokens(tokenizer, text),
         list(policies.values()),
+        sentence_ends=sentence_ending_tokens(tokenizer),
         context_tokens=context_tokens,
         continuation_tokens=continuation_tokens,
         num_texts=num_texts,
@@ -106,17 +109,18 @@ def reuse(
     base = replace(base, spread="uniform")
     policies = [replace(base, **changes) for changes in REUSE.values()]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, threads=threads)
-    ids = read_tokens(tokenizer, text)
+    ids, ends = read_tokens(tokenizer, text), sentence_ending_tokens(tokenizer)
     measured = measured_on(
         loaded,
         ids,
         policies,
+        sentence_ends=ends,
         context_tokens=context_tokens,
         continuation_tokens=continuation_tokens,
         num_texts=num_texts,
     )
     # How alike layers choose is seen where each chooses for itself.
-    costs = measure_cost(loaded, ids[:context_tokens], policies)
+    costs = measure_cost(loaded, ids[:context_tokens], policies, sentence_ends=ends)
     table = Table("lists", "agreement", "KL", "attention cosine", "Jaccard", "select ms")
     rows = []
     for name, found, cost in zip(REUSE, measured, costs, strict=True):
@@ -154,7 +158,13 @@ def cost(
             f"{text} has {len(ids)} tokens; give a longer text, or --context-tokens {len(ids)}"
         )
     policies = [each.policy(keep_ratio, context_tokens) for each in methods]
-    costs = measure_cost(loaded, ids, policies, repeats=repeats)
+    costs = measure_cost(
+        loaded,
+        ids,
+        policies,
+        repeats=repeats,
+        sentence_ends=sentence_ending_tokens(tokenizer),
+    )
     table = Table("method", *costs[0].stored_bytes, "observe ms", "select ms", "of prefill")
     for each, found in zip(methods, costs, strict=True):
         shares = (f"{size / found.full_bytes:.3f}" for size in found.stored_bytes.values())
@@ -175,6 +185,7 @@ def measured_on(
     context_tokens: int,
     continuation_tokens: int,
     num_texts: int,
+    sentence_ends: torch.Tensor | None = None,
 ) -> list[Fidelity]:
     """Return each policy's fidelity, averaged over pieces of a text."""
     fingerprint = model_fingerprint(model)
@@ -187,6 +198,7 @@ def measured_on(
             num_continuation=continuation_tokens,
             policies=policies,
             fingerprint=fingerprint,
+            sentence_ends=sentence_ends,
         )
         by_text.append(measure(model, read, policies))
     return [mean(of_policy) for of_policy in zip(*by_text, strict=True)]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -57,7 +58,8 @@ def run(
         Question, typer.Option(help="Seen by the compression, or put afterwards.")
     ] = Question.BOTH,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Length of generated documents; may be given again.")
+        list[int] | None,
+        typer.Option(min=1, help="Length of generated documents; may be given again."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 4,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
@@ -135,32 +137,73 @@ def made_tasks(name: str, settings: Sequence[str], lengths: Sequence[int]) -> li
     """Return the task, once for each length.
 
     Raises:
-        InvalidInputError: There is no such task, or it has no such setting.
+        InvalidInputError: There is no such task, or it takes no lengths.
+        typer.BadParameter: It has no such setting, one is missing, or a value does not fit.
     """
     if name not in TASKS:
         raise InvalidInputError(f"no task {name!r}; there are {', '.join(TASKS)}")
     kind = TASKS[name]
-    types = {field.name: str(field.type) for field in fields(kind)}
+    types = get_type_hints(kind)
     given: dict[str, Any] = {}
     for pair in settings:
         key, _, value = pair.partition("=")
         if key not in types:
-            raise InvalidInputError(f"{name} has no setting {key!r}; it has {', '.join(types)}")
-        given[key] = Path(value) if "Path" in types[key] else _literal(value)
+            raise typer.BadParameter(
+                f"{name} has no setting {key!r}; it has {', '.join(types)}", param_hint="--set"
+            )
+        given[key] = _setting(key, value, types[key])
     if lengths and "num_tokens" not in types:
         raise InvalidInputError(f"{name} makes no documents of a length; leave --tokens out")
+    if lengths and "num_tokens" in given:
+        raise typer.BadParameter("give --tokens or num_tokens, not both", param_hint="--set")
     try:
         return [
             kind(**given, **({"num_tokens": length} if length else {})) for length in lengths or [0]
         ]
-    except TypeError as error:
-        raise InvalidInputError(f"{name}: {error}; give it with --set name=value") from error
+    except (TypeError, InvalidInputError) as error:
+        raise typer.BadParameter(f"{name}: {error}", param_hint="--set") from error
+
+
+_MEANT: Final[dict[Any, str]] = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def _setting(name: str, text: str, kind: Any) -> Any:
+    """Read the value of a setting whose type is ``kind``.
+
+    Raises:
+        typer.BadParameter: It is of another type.
+    """
+    if isinstance(kind, UnionType):  # with None
+        if text == "None":
+            return None
+        [kind] = set(get_args(kind)) - {NoneType}
+    if kind in (str, Path) and text:
+        return kind(text)
+    value = _literal(text)
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        items = tuple(value) if isinstance(value, tuple | list) else (value,)
+        if all(_is_a(each, item) for each in items):
+            return items
+        meant = f"{_MEANT.get(item, 'a text')}, or several like (a, b)"
+    elif _is_a(value, kind):
+        return value
+    else:
+        meant = _MEANT.get(kind, "a text")
+    raise typer.BadParameter(f"{name} is {text!r}; give {meant}", param_hint="--set")
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    # True is an integer to Python.
+    return bool(value != "") and (type(value) is kind or (kind is float and type(value) is int))
 
 
 def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 

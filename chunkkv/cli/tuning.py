@@ -24,6 +24,7 @@ from chunkkv.evaluation.plots import write_curve
 from chunkkv.evaluation.tune import KEEP_RATIOS, STAGES, Curve, Tuned
 from chunkkv.evaluation.tune import tune as tuned
 from chunkkv.policy_file import write_policy
+from chunkkv.sentence_ends import sentence_ending_tokens
 
 _BAR_WIDTH: Final = 30
 
@@ -55,6 +56,7 @@ def tune(
         num_texts=num_texts,
         keep_ratios=keep_ratio or KEEP_RATIOS,
         stages=STAGES,
+        sentence_ends=sentence_ending_tokens(tokenizer),
         on_curve=lambda curve: NOTES.print(_line(curve, target), highlight=False),
     )
     _print(outcome, target)

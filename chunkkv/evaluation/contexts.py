@@ -22,6 +22,7 @@ from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring import ObservedSpan, observers, repeat
 from chunkkv.scoring.observed import Observer
+from chunkkv.sentence_ends import ends_of
 
 PREFILL_TOKENS: Final = 2048
 """Tokens of one forward pass at most."""
@@ -36,12 +37,14 @@ class Context:
         prefilled: What the prefill left.
         observers: By scorer.
         span: What they were told.
+        sentence_ends: ``(vocab_size,)`` bool: the token ends a sentence; ``None`` if nobody said.
     """
 
     model: Any
     prefilled: Prefilled
     observers: Mapping[Scorer, Observer]
     span: ObservedSpan
+    sentence_ends: torch.Tensor | None = None
 
     def followed_by(self, token_ids: Sequence[int]) -> Prefilled:
         """Return the prefill of the context and tokens that follow it. This one stays as it is.
@@ -72,6 +75,9 @@ class Context:
                 layer: F.pad(scores, (0, len(token_ids)), value=float(scores.max()))
                 for layer, scores in before.observed[scorer].items()
             }
+        ids = torch.tensor([token_ids], device=self.model.device)
+        ends = (before.sentence_ends, ends_of(ids, self.sentence_ends, ()))
+        known = [each for each in ends if each is not None]  # both or neither
         return Prefilled(
             cache=cache,
             probe=probe,
@@ -79,6 +85,7 @@ class Context:
             num_tokens=(span.num_tokens,),
             fingerprint=before.fingerprint,
             observed=observed,
+            sentence_ends=torch.cat(known, dim=1) if known else None,
         )
 
 
@@ -89,6 +96,7 @@ def prefill_context(
     policies: Collection[CompressionPolicy],
     *,
     fingerprint: str | None = None,
+    sentence_ends: torch.Tensor | None = None,
 ) -> Context:
     """Run a model over a text once, observing what all of ``policies`` need.
 
@@ -97,7 +105,13 @@ def prefill_context(
         token_ids: The text, at least one token.
         policies: Those that will compress it, alone or with what follows.
         fingerprint: Of the model; computed if not given.
+        sentence_ends: As in ``prefill``.
+
+    Raises:
+        InvalidInputError: A policy cuts at sentences and nothing says where they end.
     """
+    ids = torch.tensor([token_ids], device=model.device)
+    ends = ends_of(ids, sentence_ends, policies)
     cache = KVCache(model.config)
     cache.reserve(len(token_ids))
     span = ObservedSpan(
@@ -117,10 +131,10 @@ def prefill_context(
         num_tokens=(len(token_ids),),
         fingerprint=model_fingerprint(model) if fingerprint is None else fingerprint,
         observed={scorer: observer.scores(cache) for scorer, observer in watching.items()},
+        sentence_ends=ends,
     )
-    ids = torch.tensor([token_ids], device=model.device)
     prefilled = repeat(model, prefilled, ids, scorers)
-    return Context(model, prefilled, watching, span)
+    return Context(model, prefilled, watching, span, sentence_ends)
 
 
 @torch.no_grad()

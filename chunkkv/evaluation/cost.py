@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import torch
+
 from chunkkv.codec import encode
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
-from chunkkv.evaluation.contexts import prefill_context
+from chunkkv.evaluation.contexts import Context, prefill_context
 from chunkkv.policy import CompressionPolicy, Precision
 
 
@@ -40,7 +42,12 @@ class Cost:
 
 
 def measure_cost(
-    model: Any, token_ids: Sequence[int], policies: Sequence[CompressionPolicy], *, repeats: int = 3
+    model: Any,
+    token_ids: Sequence[int],
+    policies: Sequence[CompressionPolicy],
+    *,
+    repeats: int = 3,
+    sentence_ends: torch.Tensor | None = None,
 ) -> list[Cost]:
     """Return what each policy costs on one text.
 
@@ -49,19 +56,24 @@ def measure_cost(
         token_ids: The text.
         policies: What is measured.
         repeats: Times that everything is timed, at least 1; the median counts.
+        sentence_ends: As in ``prefill``.
     """
+
+    def prefilled_for(policy: CompressionPolicy) -> Context:
+        return prefill_context(model, token_ids, [policy], sentence_ends=sentence_ends)
+
     bare = CompressionPolicy(scorer="recency", window_size=1)
-    prefill_context(model, token_ids, [bare])  # first calls pay for more than themselves
-    prefill_ms = _median_ms(lambda: prefill_context(model, token_ids, [bare]), repeats)
+    prefilled_for(bare)  # first calls pay for more than themselves
+    prefill_ms = _median_ms(lambda: prefilled_for(bare), repeats)
     observed_ms: dict[str, float] = {}
     costs = []
     for policy in policies:
         if policy.scorer not in observed_ms:
             observed_ms[policy.scorer] = _median_ms(
-                lambda policy=policy: prefill_context(model, token_ids, [policy]),  # type: ignore[misc]
+                lambda policy=policy: prefilled_for(policy),  # type: ignore[misc]
                 repeats,
             )
-        prefilled = prefill_context(model, token_ids, [policy]).prefilled
+        prefilled = prefilled_for(policy).prefilled
         span = compress(prefilled, policy)[0]
         costs.append(
             Cost(

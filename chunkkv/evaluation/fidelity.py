@@ -83,6 +83,7 @@ def reference(
     num_continuation: int,
     policies: Collection[CompressionPolicy],
     fingerprint: str | None = None,
+    sentence_ends: torch.Tensor | None = None,
 ) -> Reference:
     """Read a text with the full cache.
 
@@ -92,16 +93,24 @@ def reference(
         num_continuation: Its last so many tokens are the second part; at least one is left.
         policies: Those that will be measured on it.
         fingerprint: Of the model; computed if not given.
+        sentence_ends: As in ``prefill``.
 
     Raises:
-        InvalidInputError: The text is too short.
+        InvalidInputError: The text is too short, or a policy cuts at sentences and nothing says
+            where they end.
     """
     if not 0 < num_continuation < len(token_ids):
         raise InvalidInputError(
             f"a text of {len(token_ids)} tokens has no continuation of {num_continuation}"
         )
     ids = tuple(token_ids)
-    context = prefill_context(model, ids[:-num_continuation], policies, fingerprint=fingerprint)
+    context = prefill_context(
+        model,
+        ids[:-num_continuation],
+        policies,
+        fingerprint=fingerprint,
+        sentence_ends=sentence_ends,
+    )
     watching = _Continuation(QueryProbe(num_continuation))
     with observable(model):
         logits = model(

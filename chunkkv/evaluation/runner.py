@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.evaluation.answering import DEFAULT_BATCH_BYTES, Answering, Row
@@ -24,6 +26,7 @@ from chunkkv.evaluation.tasks.base import Question, Sample
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
+from chunkkv.sentence_ends import sentence_ending_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,12 @@ def run(
     """
     answering = Answering(model, batch_bytes)
     fingerprint = model_fingerprint(model)
+    # A second for a large vocabulary, and few methods ask.
+    at_sentences = any(cell.policy(1).unit == "sentence" for cell in cells)
+    ends = sentence_ending_tokens(tokenizer) if at_sentences else None
     for sample in samples:
         missing = [cell for cell in cells if cell.key(sample) not in results.records]
-        for pair in _answers(model, tokenizer, sample, missing, answering, fingerprint):
+        for pair in _answers(model, tokenizer, sample, missing, answering, fingerprint, ends):
             _take(*pair, tokenizer, results, on_record)
     for pair in answering.finish():
         _take(*pair, tokenizer, results, on_record)
@@ -148,13 +154,16 @@ def _answers(
     cells: Sequence[Cell],
     answering: Answering,
     fingerprint: str,
+    sentence_ends: torch.Tensor | None,
 ) -> Iterator[tuple[Row, list[int]]]:
     """Hand all rows of a sample to ``answering``, and yield those that it answers meanwhile."""
     if not cells:
         return
     prompt = render(tokenizer, sample)
     policies = [cell.policy(len(prompt.context)) for cell in cells]
-    context = prefill_context(model, prompt.context, policies, fingerprint=fingerprint)
+    context = prefill_context(
+        model, prompt.context, policies, fingerprint=fingerprint, sentence_ends=sentence_ends
+    )
     full_bytes = _full_bytes(context.prefilled)
     parts = [_Part(sample, cell, full_bytes) for cell in cells]
     for prefilled, asked, visible in _prefills(context, prompt, parts):

@@ -1,9 +1,9 @@
 """Finds a policy for a text: the fewest stored bytes at which the model goes on as before.
 
 Quality is fidelity (``chunkkv.evaluation.fidelity``): how often the model, on what was kept, finds
-the same next token most likely as on the full cache. One choice after another is tried at all kept
-ratios, the better one is taken, and the next is tried on top of it: about 30 curves instead of the
-thousands of all combinations.
+the same next token most likely as on the full cache. Presets come first; then one choice after
+another is tried at all kept ratios, the better one is taken, and the next is tried on top of it:
+about 30 curves instead of the thousands of all combinations.
 """
 
 from __future__ import annotations
@@ -12,32 +12,48 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+import torch
+
 from chunkkv.errors import InvalidPolicyError
 from chunkkv.evaluation.fidelity import Fidelity, Reference, mean, measure, pieces, reference
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy
+from chunkkv.presets import PRESETS
 
 KEEP_RATIOS: Final = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 
 # In the order in which they are decided; what is tried first wins a tie, and is the cheaper one.
 STAGES: Final[Mapping[str, tuple[Mapping[str, Any], ...]]] = {
-    "scorer and sharing": tuple(
-        {"scorer": scorer, **sharing}
-        for scorer in ("window", "key_diff", "expected_attention", "reconstruction")
-        for sharing in (
-            {"scope": "layer", "spread": "uniform"},
-            {"scope": "head", "spread": "adaptive"},
-        )
+    "preset": tuple(
+        PRESETS[name].choices for name in ("fast", "chunkkv", "snapkv", "durable", "kvzip")
     ),
-    "chunk size": tuple({"chunk_size": size} for size in (20, 10, 5, 1)),
-    "window": tuple({"window_size": size} for size in (16, 8, 32, 64)),
+    "scorer": (
+        # The presets that repeat the text leave it a single query.
+        {"scorer": "window", "window_size": 16},
+        *(
+            {"scorer": scorer}
+            for scorer in ("key_diff", "expected_attention", "recall", "reconstruction")
+        ),
+    ),
+    "sharing": (
+        {"scope": "layer", "spread": "uniform"},
+        *({"scope": "head", "spread": "adaptive", "head_floor": floor} for floor in (0.0, 0.2)),
+    ),
+    # Scorers other than ``window`` have none: nothing is tried.
+    "votes": tuple(
+        {"vote_power": power, "pool_size": size} for power in (1, 2) for size in (1, 15, 31)
+    ),
+    "unit": (
+        *({"unit": "chunk", "chunk_size": size} for size in (20, 10, 5)),
+        {"unit": "sentence", "chunk_size": 40},
+        {"unit": "token"},
+    ),
+    "window": tuple({"window_size": size} for size in (16, 8, 32, 64, 1)),
     "index reuse": (
-        {},
         *({"scope": "group", "spread": "uniform", "reuse_interval": n} for n in (2, 4)),
         {"scope": "global", "spread": "uniform"},
     ),
     "budget of layers": (
-        {},
         {"scope": "layer", "spread": "pyramid"},
         {"scope": "layer", "spread": "adaptive"},
         {"scope": "head", "spread": "pyramid"},
@@ -150,8 +166,9 @@ def tune(
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     stages: Mapping[str, Sequence[Mapping[str, Any]]] = STAGES,
     on_curve: Callable[[Curve], None] = lambda curve: None,
+    sentence_ends: torch.Tensor | None = None,
 ) -> Tuned:
-    """Choose scorer, chunk size, window, scope, reuse and spread of the budget on a text.
+    """Choose scorer, votes, unit, window, scope, reuse and spread of the budget on a text.
 
     Args:
         model: A transformers decoder.
@@ -163,6 +180,7 @@ def tune(
         keep_ratios: Tried of every candidate.
         stages: What is tried, choice by choice.
         on_curve: Called with each curve as it is measured.
+        sentence_ends: As in ``prefill``; without it, candidates of unit ``sentence`` are left out.
 
     Returns:
         The outcome. Where no point reaches the target it is the one that comes closest.
@@ -170,6 +188,10 @@ def tune(
     Raises:
         InvalidInputError: The text is too short.
     """
+    stages = {
+        stage: [c for c in tried if c.get("unit") != "sentence" or sentence_ends is not None]
+        for stage, tried in stages.items()
+    }
     candidates = [changes for tried in stages.values() for changes in tried]
     observed = [
         policy
@@ -185,15 +207,17 @@ def tune(
             num_continuation=continuation_tokens,
             policies=[*observed, *_widest(candidates)],
             fingerprint=fingerprint,
+            sentence_ends=sentence_ends,
         )
         for piece in pieces(token_ids, size=size, num_pieces=num_texts)
     ]
     tuner = Tuner(model, texts, tuple(sorted(keep_ratios)), on_curve)
     curves: list[Curve] = []
     best: Curve | None = None
+    seen: set[str] = set()  # the best is the best of all of them: none is tried again
     for stage, tried in stages.items():
-        base = CompressionPolicy() if best is None else best.policy
-        for changed in _distinct(base, tried):
+        base = CompressionPolicy(keep_ratio=tuner.keep_ratios[0]) if best is None else best.policy
+        for changed in _unseen(base, tried, seen):
             curves.append(tuner.curve(stage, changed))
             if best is None or curves[-1].rank(target) < best.rank(target):
                 best = curves[-1]
@@ -216,10 +240,9 @@ def _widest(candidates: Sequence[Mapping[str, Any]]) -> Iterator[CompressionPoli
     )
 
 
-def _distinct(
-    base: CompressionPolicy, tried: Sequence[Mapping[str, Any]]
+def _unseen(
+    base: CompressionPolicy, tried: Sequence[Mapping[str, Any]], seen: set[str]
 ) -> Iterator[CompressionPolicy]:
-    seen = set()
     for changes in tried:
         policy = _changed(base, changes)
         if policy is not None and policy.canonical() not in seen:

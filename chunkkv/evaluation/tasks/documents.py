@@ -78,7 +78,7 @@ def distinct_numbers(rng: random.Random, count: int, *, num_digits: int) -> list
     Raises:
         InvalidInputError: If there are not so many.
     """
-    if not 0 <= count <= 9**num_digits:
+    if num_digits < 1 or not 0 <= count <= 9**num_digits:
         raise InvalidInputError(f"{count} different numbers of {num_digits} digits do not exist")
     numbers: dict[str, None] = {}
     while len(numbers) < count:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from chunkkv.errors import DatasetError
+from chunkkv.errors import DatasetError, InvalidInputError
 from chunkkv.evaluation.tasks.base import Question, Sample
 from chunkkv.evaluation.tasks.files import drawn, read_csv
 
@@ -36,6 +36,10 @@ class JailbreakVTask:
     file: Path
     formats: tuple[str, ...] = TEXT_FORMATS
     max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens={self.max_new_tokens}; at least 1")
 
     @property
     def name(self) -> str:

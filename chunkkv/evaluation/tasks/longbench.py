@@ -55,6 +55,8 @@ class LongBenchTask:
             raise InvalidInputError(
                 f"LongBench has no dataset {self.dataset!r}; it has {', '.join(DATASETS)}"
             )
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise InvalidInputError(f"max_prompt_tokens={self.max_prompt_tokens}; at least 1")
 
     @property
     def name(self) -> str:

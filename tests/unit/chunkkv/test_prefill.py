@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -402,3 +403,37 @@ def test_token_ids_of_the_vocabulary_are_generated():
 
     assert span.num_kept_tokens == 1
     assert ((answer >= 0) & (answer < VOCAB_SIZE)).all()
+
+
+def test_sentences_are_kept_whole_in_rows_of_a_batch():
+    model = tiny_model()
+    ids, mask = prompts(*LENGTHS)
+    ends = torch.arange(VOCAB_SIZE) % 5 == 0
+    policy = CompressionPolicy(keep_ratio=0.5, unit="sentence", chunk_size=12)
+
+    kept = chunkkv.prefill(model, ids, policy, attention_mask=mask, sentence_ends=ends)
+
+    for span, row in zip(kept, rows_of(ids, mask), strict=True):
+        prefilled = chunkkv.run_prefill(model, row[None], window_size=policy.window_size)
+        prefilled = dataclasses.replace(prefilled, sentence_ends=ends[row[None]])
+        [expected] = chunkkv.compress(prefilled, policy)
+        for layer, other in zip(span.layers, expected.layers, strict=True):
+            assert torch.equal(layer.positions, other.positions)
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        (None, "sentence_ending_tokens"),
+        (torch.zeros(VOCAB_SIZE), "give a bool"),
+        (torch.zeros(1, VOCAB_SIZE, dtype=torch.bool), "give a bool"),
+        (torch.zeros(2, dtype=torch.bool), "knows 2 tokens"),
+    ],
+)
+def test_sentences_that_cannot_be_told_are_refused_before_the_model_runs(
+    ends: torch.Tensor | None, said: str
+):
+    ids, _ = prompts(9)
+
+    with pytest.raises(InvalidInputError, match=said):
+        chunkkv.prefill(object(), ids, CompressionPolicy(unit="sentence"), sentence_ends=ends)

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from chunkkv import cli, policy_from_file
-from chunkkv.cli import tuning
+from chunkkv.cli import tables, tuning
 from chunkkv.cli.app import app
 from tests.tiny_model import byte_tokenizer, tiny_llama
 from tests.unit.evaluation.documents import TEXT
@@ -38,7 +38,7 @@ def invoke(*arguments: str, code: int = 0) -> str:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == code, result.output
-    return re.sub(r"\s+", " ", result.output)
+    return re.sub(r"[\s│]+", " ", result.output)  # errors stand in a frame
 
 
 def test_run_writes_table_json_and_pictures(model: str, tmp_path: Path) -> None:
@@ -64,11 +64,65 @@ def test_what_is_wrong_is_said_in_a_line(model: str, tmp_path: Path) -> None:
     assert "no preset 'nope'" in invoke(
         "eval", "run", "needle", model, *out, "--preset", "nope", code=1
     )
-    assert "no setting 'size'" in invoke(
-        "eval", "run", "needle", model, *out, "--set", "size=1", code=1
-    )
-    assert "test_file" in invoke("eval", "run", "gsm8k", model, *out, code=1)
     assert "holds no results" in invoke("eval", "report", str(tmp_path), code=1)
+
+
+@pytest.mark.parametrize(
+    ("task", "setting", "said"),
+    [
+        ("needle", "size=1", "no setting 'size'"),
+        ("needle", "num_digits=x", "num_digits is 'x'; give an integer"),
+        ("needle", "num_digits=7.5", "num_digits is '7.5'; give an integer"),
+        ("needle", "num_digits=True", "give an integer"),
+        ("needle", "num_digits", "num_digits is ''; give an integer"),
+        ("needle", "num_needles=0", "num_needles=0 is not in"),
+        ("needle-grid", "lengths=(200, 'x')", "give an integer, or several like (a, b)"),
+        ("needle-grid", "depths=x", "give a number, or several like (a, b)"),
+        ("needle-grid", "depths=(2,)", "depths are in [0, 1]"),
+        ("longbench", "dataset=", "dataset is ''; give a text"),
+        ("longbench", "max_prompt_tokens=x", "give an integer"),
+        ("jailbreakv", "max_new_tokens=x", "give an integer"),
+        ("gsm8k", "test_file=", "test_file is ''; give a text"),
+        ("gsm8k", "num_shots=2", "test_file"),
+        ("gsm8k", "as_chat=1", "give true or false"),
+    ],
+)
+def test_setting_that_does_not_fit_is_wrong_usage(
+    task: str, setting: str, said: str, tmp_path: Path
+) -> None:
+    run = ("eval", "run", task, "no-model", "--out", str(tmp_path / "out"))
+
+    assert said in invoke(*run, "--set", setting, code=2)
+
+
+def test_length_that_is_none_is_wrong_usage(tmp_path: Path) -> None:
+    run = ("eval", "run", "needle", "no-model", "--out", str(tmp_path / "out"), "--tokens")
+
+    assert "--tokens" in invoke(*run, "0", code=2)
+    assert "not both" in invoke(*run, "500", "--set", "num_tokens=500", code=2)
+
+
+def test_settings_are_read_as_their_types() -> None:
+    [grid] = tables.made_tasks("needle-grid", ["lengths=200", "depths=[0, 1]"], [])
+    assert (grid.lengths, grid.depths) == ((200,), (0, 1))
+    [shots] = tables.made_tasks("gsm8k", ["test_file=1", "train_file=None", "as_chat=false"], [])
+    assert (shots.test_file, shots.train_file, shots.as_chat) == (Path("1"), None, False)
+    assert [t.num_tokens for t in tables.made_tasks("needle", [], [500, 900])] == [500, 900]
+
+
+def test_sentences_are_cut_whether_the_question_is_seen_or_not(
+    model: str, text: str, tmp_path: Path
+) -> None:
+    preset = ("--preset", "chunkkv:unit=sentence", "--keep-ratio", "0.4")
+    size = ("--text", text, "--context-tokens", "100")
+
+    output = invoke(
+        "eval", "run", "needle-grid", model, "--out", str(tmp_path / "out"), *GRID, *preset
+    )
+
+    assert output.count("| chunkkv:unit=sentence |") == 2
+    invoke("eval", "fidelity", model, *size, "--continuation-tokens", "8", *preset)
+    invoke("eval", "cost", model, *size, *preset[:2], "--repeats", "1")
 
 
 def test_names_are_listed() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import chunkkv
-from chunkkv import CompressionPolicy
+from chunkkv import CompressionPolicy, InvalidInputError
 from chunkkv.evaluation.contexts import prefill_context
-from tests.models import prompts, tiny_model
+from tests.models import VOCAB_SIZE, prompts, tiny_model
 
 CONTEXT, WHOLE = 60, 75
 
@@ -57,3 +59,24 @@ def test_repetition_that_saw_no_question_keeps_the_question() -> None:
 
     for layer in kept.layers:
         assert set(range(CONTEXT, WHOLE)) <= set(layer.positions.tolist())
+
+
+def test_sentences_of_context_and_question_are_those_of_one_text() -> None:
+    model = tiny_model()
+    ids, _ = prompts(WHOLE)
+    policy = CompressionPolicy(keep_ratio=0.4, unit="sentence", chunk_size=12)
+    ends = torch.arange(VOCAB_SIZE) % 5 == 0
+    context = prefill_context(model, ids[0, :CONTEXT].tolist(), [policy], sentence_ends=ends)
+
+    [kept] = chunkkv.compress(context.followed_by(ids[0, CONTEXT:].tolist()), policy)
+
+    [expected] = chunkkv.prefill(model, ids, policy, sentence_ends=ends)
+    assert [layer.positions.tolist() for layer in kept.layers] == [
+        layer.positions.tolist() for layer in expected.layers
+    ]
+
+
+def test_context_refuses_to_be_cut_at_sentences_that_nobody_told() -> None:
+    cannot_run = SimpleNamespace(device="cpu")
+    with pytest.raises(InvalidInputError, match="sentence_ending_tokens"):
+        prefill_context(cannot_run, [3, 4], [CompressionPolicy(unit="sentence")])

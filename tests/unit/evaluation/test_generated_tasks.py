@@ -246,6 +246,12 @@ def test_answers_that_cannot_all_differ_are_refused():
         made(MultiValueTask(num_digits=1))
 
 
+def test_numbers_without_digits_are_refused(tokenizer):
+    task = NeedleTask(num_needles=1, num_digits=0)
+    with pytest.raises(InvalidInputError, match="1 different numbers of 0 digits"):
+        next(task.samples(tokenizer, seed=0, num_samples=1))
+
+
 def test_short_numbers_differ_too():
     [sample] = made(MultiValueTask(num_tokens=900, num_digits=2), count=1)
 

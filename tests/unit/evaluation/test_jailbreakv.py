@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chunkkv.errors import DatasetError
+from chunkkv.errors import DatasetError, InvalidInputError
 from chunkkv.evaluation.metrics import score
 from chunkkv.evaluation.tasks import JailbreakVTask
 from tests.unit.evaluation.words import WordTokenizer
@@ -47,3 +47,8 @@ def test_seed_chooses_the_attacks(data: Path):
 
     assert len(orders) > 1
     assert samples(task, seed=2, count=1) == samples(task, seed=2)[:1]
+
+
+def test_answers_of_no_length_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="max_new_tokens=0; at least 1"):
+        JailbreakVTask(Path("attacks.csv"), max_new_tokens=0)

@@ -206,3 +206,8 @@ def test_without_a_network_the_error_names_the_folder_to_make(monkeypatch: pytes
 
     with pytest.raises(DatasetError, match=r"no route.*unpack its data\.zip.*data/lcc\.jsonl"):
         samples(LongBenchTask("lcc"))
+
+
+def test_prompts_cut_to_nothing_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="max_prompt_tokens=0; at least 1"):
+        LongBenchTask("qasper", max_prompt_tokens=0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from chunkkv import CompressionPolicy
+from chunkkv import PRESETS, CompressionPolicy
+from chunkkv.evaluation import tune as tuning
 from chunkkv.evaluation.fidelity import Fidelity
 from chunkkv.evaluation.tune import Curve, Point, tune
-from tests.models import prompts, tiny_model
+from tests.models import VOCAB_SIZE, prompts, tiny_model
 
 STAGES: dict[str, tuple[dict[str, Any], ...]] = {
     "scorer": ({"scorer": "window"}, {"scorer": "key_diff"}),
@@ -39,7 +41,7 @@ def test_curves_rank_by_bytes_at_the_target_then_by_agreement() -> None:
     assert sorted([far, large, near, small], key=lambda c: c.rank(0.9)) == [small, large, near, far]
 
 
-def tuned(target: float, stages: Any = STAGES) -> Any:
+def tuned(target: float, stages: Any = STAGES, **options: Any) -> Any:
     ids, _ = prompts(150)
     return tune(
         tiny_model(),
@@ -50,6 +52,7 @@ def tuned(target: float, stages: Any = STAGES) -> Any:
         num_texts=2,
         keep_ratios=(0.5, 0.2, 1.0),
         stages=stages,
+        **options,
     )
 
 
@@ -85,3 +88,48 @@ def test_target_out_of_reach_chooses_the_closest() -> None:
 
     assert not found.is_reached
     assert found.chosen.fidelity.agreement == max(p.fidelity.agreement for p in found.best.points)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(PRESETS[name].choices for name in ("fast", "durable", "chunkkv", "snapkv", "kvzip")),
+        {**PRESETS["durable"].choices, "unit": "chunk", "chunk_size": 5, "head_floor": 0.2},
+        {**PRESETS["durable"].choices, "scorer": "key_diff", "unit": "sentence", "chunk_size": 40},
+        {**PRESETS["fast"].choices, "vote_power": 1, "pool_size": 15, "window_size": 32},
+        {**PRESETS["chunkkv"].choices, "scorer": "recall", "scope": "global"},
+        {**PRESETS["snapkv"].choices, "spread": "pyramid"},
+    ],
+)
+def test_stages_lead_to_the_policy_that_is_best(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = CompressionPolicy(**changes)
+
+    def alike(model: Any, text: Any, policies: Any) -> list[Fidelity]:
+        """Measure how many words of the two names are the same."""
+        wanted = set(best.canonical().split()[1:])
+        found = [set(policy.canonical().split()[1:]) for policy in policies]
+        agreements = [len(wanted & names) / len(wanted | names) for names in found]
+        return [Fidelity(0, 1, 0, agreement, 1, 0.1) for agreement in agreements]
+
+    monkeypatch.setattr(tuning, "reference", lambda *args, **options: None)
+    monkeypatch.setattr(tuning, "measure", alike)
+    ends = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+
+    found = tuned(1.0, tuning.STAGES, sentence_ends=ends)
+
+    assert found.best.policy.canonical().split()[1:] == best.canonical().split()[1:]
+    assert len(found.curves) <= 32
+    assert len({each.policy.canonical() for each in found.curves}) == len(found.curves)
+
+
+def test_sentences_are_tried_only_where_their_ends_are_known() -> None:
+    stages = {"unit": ({"unit": "token"}, {"unit": "sentence"})}
+
+    without = tuned(0.9, stages)
+    ends = torch.arange(VOCAB_SIZE) % 5 == 0
+    with_ends = tuned(0.9, stages, sentence_ends=ends)
+
+    assert [each.policy.unit for each in without.curves] == ["token"]
+    assert [each.policy.unit for each in with_ends.curves] == ["token", "sentence"]
