@@ -117,6 +117,7 @@ def _ratio_axis(axis: Any, summaries: Sequence[Summary], against: str) -> None:
     axis.set_axisbelow(True)
     # Ratios double from one to the next, more or less: on a straight axis the small ones collide.
     axis.set_xscale("log")
+    axis.minorticks_off()  # their labels would lie over ours
     if against == "keep_ratio":
         ratios = sorted({s.keep_ratio for s in summaries if s.method != FULL})
         axis.set_xlabel("share of tokens kept")
