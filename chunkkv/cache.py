@@ -356,6 +356,11 @@ class KVCache(Cache):  # type: ignore[misc]
         return part
 
     @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the full-attention layers: those that are scored and compressed."""
+        return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer, KeptLayer))
+
+    @property
     def is_ragged(self) -> bool:
         """Whether only attention of our own can read it: see the module's first lines."""
         return any(layer.hidden is not None for layer in self._full_layers)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from chunkkv.cache import KeptLayer
 from chunkkv.compressed import CompressedKV, LayerKV, LayerShape, SpanShape
 from chunkkv.policy import CompressionPolicy
 from chunkkv.prefilled import Prefilled
@@ -24,8 +23,7 @@ def compress(prefilled: Prefilled, policy: CompressionPolicy) -> list[Compressed
         InvalidInputError: The prefill lacks what the policy's scorer needs, or the scores are not
             finite.
     """
-    layers = prefilled.cache.layers
-    full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
+    full = list(prefilled.cache.full_layers)
     scores = _scores(prefilled, policy, full)  # (batch, scored layers, num_kv_heads, longest span)
     return [
         _compress_row(prefilled, policy, full, row, scores[row, ..., -num_tokens:])

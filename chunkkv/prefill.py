@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chunkkv.attention import PROBE_ARGUMENT, Probes, QueryProbe, make_observable, observable
-from chunkkv.cache import KeptLayer, KVCache
+from chunkkv.cache import KVCache
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.errors import InvalidInputError
@@ -112,7 +112,7 @@ def run_prefill(
     positions = torch.arange(seq_len, device=input_ids.device) - padding[:, None]
     positions = positions.clamp(min=0) + first_token  # (batch, seq_len)
     span = ObservedSpan(
-        layers=frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, KeptLayer)),
+        layers=frozenset(cache.full_layers),
         first_token=first_token,
         num_tokens=seq_len,
         num_padding=padding,

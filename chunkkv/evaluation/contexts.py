@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from chunkkv.attention import PROBE_ARGUMENT, Probes, QueryProbe, observable
-from chunkkv.cache import KeptLayer, KVCache
+from chunkkv.cache import KVCache
 from chunkkv.fingerprint import model_fingerprint
 from chunkkv.policy import CompressionPolicy, Scorer
 from chunkkv.prefilled import Prefilled
@@ -115,7 +115,7 @@ def prefill_context(
     cache = KVCache(model.config)
     cache.reserve(len(token_ids))
     span = ObservedSpan(
-        layers=frozenset(i for i, layer in enumerate(cache.layers) if isinstance(layer, KeptLayer)),
+        layers=frozenset(cache.full_layers),
         first_token=0,
         num_tokens=len(token_ids),
         num_padding=torch.zeros(1, dtype=torch.int64),

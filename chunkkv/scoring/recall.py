@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 
 from chunkkv.attention import PROBE_ARGUMENT, observable, scaling_of
-from chunkkv.cache import KeptLayer
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_paid, by_kv_head, visible_keys
 
@@ -60,7 +59,7 @@ def recollect(
     """
     prefilled.check_is_whole(input_ids)
     layers = prefilled.cache.layers
-    full = [index for index, layer in enumerate(layers) if isinstance(layer, KeptLayer)]
+    full = prefilled.cache.full_layers
     scores = {
         index: torch.zeros(
             (*layers[index].keys.shape[:2], prefilled.longest), device=input_ids.device

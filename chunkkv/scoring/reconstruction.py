@@ -13,7 +13,6 @@ from typing import Any, Final
 import torch
 
 from chunkkv.attention import PROBE_ARGUMENT, observable, scaling_of
-from chunkkv.cache import KeptLayer
 from chunkkv.prefilled import Prefilled
 from chunkkv.scoring.logits import QUERIES_AT_ONCE, attention_logits, by_kv_head, visible_keys
 
@@ -56,8 +55,7 @@ def reconstruct(
     (those of a prefix included) and not a sample of them: scores are the model's own attention.
     """
     prefilled.check_is_whole(input_ids)
-    layers = prefilled.cache.layers
-    full = frozenset(i for i, layer in enumerate(layers) if isinstance(layer, KeptLayer))
+    full = frozenset(prefilled.cache.full_layers)
     padding = prefilled.num_padding if prefilled.num_padding.any() else None
     probe = ReconstructionProbe(full, prefilled.longest, padding)
     if full:
