@@ -35,11 +35,14 @@ from chunkkv.quantization import (
 )
 
 MAGIC: Final = b"CKV\x01"
-VERSION: Final = 3
-# Version 1 knew one precision, the model's own; version 2 no merged layers. Spans that have none
-# are written as version 2, so that workers of then read them.
-READABLE_VERSIONS: Final = (1, 2, 3)
+# Version 1 knew one precision, the model's own; version 2 no merged layers; versions 2 and 3 had
+# int4 in groups of another size. A span is written as the earliest version that says all of it, so
+# that workers of then read it.
+READABLE_VERSIONS: Final = (1, 2, 3, 4)
+_NATIVE_VERSION: Final = 1
 _UNMERGED_VERSION: Final = 2
+_MERGED_VERSION: Final = 3
+_INT4_VERSION: Final = 4
 PART_BYTES: Final = 1 << 20
 
 _PREFIX: Final = struct.Struct("<4sHIQ")
@@ -173,11 +176,10 @@ def encode(kv: CompressedKV, *, identity: str, part_bytes: int = PART_BYTES) -> 
         "part_checksums": [f"{xxhash.xxh3_64_intdigest(part):016x}" for part in parts],
         "shape": asdict(kv.shape),
     }
-    version = VERSION
-    if kv.shape.merge_layers:
+    version = _version(kv.shape)
+    if version >= _MERGED_VERSION:
         fields["retained"] = retained
     else:
-        version = _UNMERGED_VERSION
         del fields["shape"]["merge_layers"]
     body = json.dumps(fields, separators=(",", ":")).encode()
     prefix = _PREFIX.pack(MAGIC, version, len(body), xxhash.xxh3_64_intdigest(body))
@@ -240,6 +242,12 @@ def decode(
     return found.open(memory)
 
 
+def _version(shape: SpanShape) -> int:
+    if shape.precision == "int4":
+        return _INT4_VERSION
+    return _MERGED_VERSION if shape.merge_layers else _UNMERGED_VERSION
+
+
 def _header(data: bytes, version: int) -> Header:
     # The checksum matched, so whatever is wrong with the fields was written so.
     try:
@@ -257,11 +265,16 @@ def _header(data: bytes, version: int) -> Header:
             part_checksums=tuple(int(checksum, 16) for checksum in body["part_checksums"]),
             retained=tuple(body.get("retained", ())),
         )
-        # No checksum covers the version: it must be the one that these fields are written as.
-        is_merged = version == VERSION
+        # No checksum covers the version: it must be one that these fields are written as.
+        if header.shape.precision == "int4" and version < _INT4_VERSION:
+            raise FormatError(
+                f"int4 as format version {version} stored it is not read any more; "
+                "compress the text again"
+            )
+        says_merged = version >= _MERGED_VERSION
         names = ("retained" in body, "merge_layers" in body["shape"])
-        if names != (is_merged,) * 2 or header.shape.merge_layers is not is_merged:
-            raise FormatError(f"what the header says of merged layers is not of version {version}")
+        if names != (says_merged,) * 2 or version not in (_version(header.shape), _NATIVE_VERSION):
+            raise FormatError(f"the header says what version {version} does not")
         if not _has_types(header):
             raise FormatError("a field of the header is of another type, or out of range")
         if header.shape.precision not in get_args(Precision):
@@ -283,7 +296,8 @@ def _has_types(header: Header) -> bool:
     """Whether fields whose values are used as they are, are what they should be."""
     shape = header.shape
     counts = (shape.first_token, shape.num_tokens, *shape.index_lengths, *header.part_sizes)
-    flags = (shape.has_scores, *(layer.is_sliding for layer in shape.layers))
+    slides = (layer.is_sliding for layer in shape.layers)
+    flags = (shape.has_scores, shape.merge_layers, *slides)
     dtype = getattr(torch, shape.dtype)
     return (
         all(type(text) is str for text in (header.identity, shape.fingerprint, shape.policy))

@@ -7,7 +7,8 @@ models that have them they are most of the layers, and the bound on the error is
 - ``fp8``: e4m3, scaled per token and KV head.
 - ``int8``: keys per channel of a KV head (some channels are large for all tokens), values per
   token and KV head.
-- ``int4``: the same, in groups of 32 tokens and of 32 channels, two numbers in a byte.
+- ``int4``: the same, in groups of about 64 tokens and 64 channels, two numbers in a byte. What is
+  no multiple of 64 is cut in equal parts, so that no line serves a few leftovers.
 
 Integers lie on a line from the group's least value: ``low + code * step``. ``low`` and ``step`` are
 bfloat16, which has the range of every dtype here, rounded outwards, so that no value falls off the
@@ -43,7 +44,7 @@ from chunkkv.compressed import (
 from chunkkv.errors import FormatError, InvalidInputError
 from chunkkv.merging import merge, restore, retained_rows
 
-GROUP_SIZE: Final = 32
+GROUP_SIZE: Final = 64
 FP8_MAX: Final = 448.0
 
 _SCALE_DTYPE: Final = torch.bfloat16
@@ -187,7 +188,7 @@ class _Affine:
     bits: int
     axis: int
     runs: tuple[int, ...]  # lengths along the axis that no group reaches over
-    group_size: int | None  # of neighbours; None: the whole run
+    group_size: int | None  # of neighbours, about; None: the whole run
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -227,16 +228,22 @@ class _Affine:
 
     def _lines_shape(self) -> tuple[int, int]:
         # Counted, not listed: a header's lengths are believed only once its sizes were checked.
-        groups = sum(-(-run // (self.group_size or max(run, 1))) for run in self.runs)
+        groups = sum(map(self._num_groups, self.runs))
         return (groups, self.dim) if self.axis == 0 else (self.num_rows, groups)
 
     def _groups(self) -> torch.Tensor:
         """Return how many members each group has, ``(num_groups,)``."""
         counts: list[int] = []
         for run in self.runs:
-            whole, rest = divmod(run, self.group_size or max(run, 1))
-            counts += [self.group_size or run] * whole + [rest] * (rest > 0)
+            if num_groups := self._num_groups(run):
+                least, rest = divmod(run, num_groups)
+                counts += [least + 1] * rest + [least] * (num_groups - rest)
         return torch.tensor(counts)
+
+    def _num_groups(self, run: int) -> int:
+        if run == 0 or self.group_size is None:
+            return min(run, 1)
+        return max(1, (run + self.group_size // 2) // self.group_size)
 
     def _members(self) -> torch.Tensor:
         """Return each group's indices, its last one repeated up to the longest group's length."""

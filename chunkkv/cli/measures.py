@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from chunkkv.cli.models import (
     CONSOLE,
@@ -78,7 +78,7 @@ def fidelity(
         continuation_tokens=continuation_tokens,
         num_texts=num_texts,
     )
-    table = Table("method", "kept", *_HEADINGS)
+    table = Table(Column("method", overflow="fold"), "kept", *_HEADINGS)
     for (name, ratio), found in zip(policies, measured, strict=True):
         table.add_row(name, f"{ratio:.3g}", *_cells(found))
     CONSOLE.print(table)
@@ -165,7 +165,13 @@ def cost(
         repeats=repeats,
         sentence_ends=sentence_ending_tokens(tokenizer),
     )
-    table = Table("method", *costs[0].stored_bytes, "observe ms", "select ms", "of prefill")
+    table = Table(
+        Column("method", overflow="fold"),
+        *costs[0].stored_bytes,
+        "observe ms",
+        "select ms",
+        "of prefill",
+    )
     for each, found in zip(methods, costs, strict=True):
         shares = (f"{size / found.full_bytes:.3f}" for size in found.stored_bytes.values())
         table.add_row(each.name, *shares, *_times(found))

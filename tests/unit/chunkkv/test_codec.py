@@ -287,9 +287,9 @@ def test_foreign_magic_is_refused(small: EncodedKV, magic: bytes):
 
 
 def test_other_format_version_is_refused_by_its_number(small: EncodedKV):
-    for version in (0, 4, 255, 65535):
+    for version in (0, 5, 255, 65535):
         header = small.header[:4] + struct.pack("<H", version) + small.header[6:]
-        with pytest.raises(FormatError, match=f"version {version}; this library reads 1, 2, 3"):
+        with pytest.raises(FormatError, match=f"version {version}; this library reads 1, 2, 3, 4"):
             read_header(header)
 
 
@@ -363,6 +363,24 @@ def test_object_of_the_first_version_is_read(small: EncodedKV):
 
     assert found.shape == RAGGED
     assert bytes(found.memory.numpy()) == bytes(joined(small))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_int4_of_an_earlier_version_is_refused(version: int):
+    span = filled(replace(RAGGED, precision="int4"))
+    encoded = encode(span, identity="object-1")
+    header = encoded.header[:4] + struct.pack("<H", version) + encoded.header[6:]
+
+    with pytest.raises(FormatError, match=f"int4 as format version {version} .* compress the text"):
+        read_header(header)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_version_of_other_fields_is_refused(small: EncodedKV, version: int):
+    header = small.header[:4] + struct.pack("<H", version) + small.header[6:]
+
+    with pytest.raises(FormatError, match=f"what version {version} does not"):
+        read_header(header)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"3", b"\xff\xfe"])

@@ -384,10 +384,10 @@ def test_sizes_are_exact():
     native += padded(80 * 16 * 4, 2 * 80 * 4, 4 * few, 2 * few * 16 * 4)
     native += padded(80 * 8 * 4, 2 * 80 * 4, 4 * many, 2 * many * 8 * 4)
     native += padded(74 * 16 * 4, 74 * 8 * 4)
-    int4 = padded(*[80 * 8, 4 * 16 * 4, 80 * 4, 80 * 4] * 3)
-    int4 += padded(80 * 8, 4 * 16 * 4, 2 * 80 * 2, 4 * few, 2 * few * 8, 2 * few * 4)
+    int4 = padded(*[80 * 8, 2 * 16 * 4, 80 * 4, 80 * 4] * 3)
+    int4 += padded(80 * 8, 2 * 16 * 4, 2 * 80 * 2, 4 * few, 2 * few * 8, 2 * few * 4)
     int4 += padded(80 * 4, 80 * 4, 2 * 80 * 2, 4 * many, 2 * many * 4, 2 * many * 4)
-    int4 += padded(74 * 8, 4 * 16 * 4, 74 * 4, 74 * 4)
+    int4 += padded(74 * 8, 2 * 16 * 4, 74 * 4, 74 * 4)
 
     assert stored_size_bytes(SHAPE, (few, many)) == index + native
     assert stored_size_bytes(replace(SHAPE, precision="int4"), (few, many)) == index + int4

@@ -72,13 +72,21 @@ def half_step(group: torch.Tensor, bits: int) -> float:
     return width / (2**bits - 1) * (1 + BFLOAT16_EPS) / 2
 
 
+def num_groups(length: int, bits: int) -> int:
+    """Return how many groups that many neighbours make."""
+    return 1 if bits == 8 else max(1, math.floor(length / 64 + 0.5))
+
+
 def check_groups(
-    found: torch.Tensor, original: torch.Tensor, sizes: tuple[int, int], bits: int
+    found: torch.Tensor, original: torch.Tensor, counts: tuple[int, int], bits: int
 ) -> None:
-    """Check a tensor group by group; ``sizes`` are rows and columns of a group."""
-    for rows, exact_rows in zip(found.split(sizes[0]), original.split(sizes[0]), strict=True):
+    """Check a tensor group by group; ``counts`` are how many its rows and columns are cut in."""
+    rows_of = zip(found.tensor_split(counts[0]), original.tensor_split(counts[0]), strict=True)
+    for rows, exact_rows in rows_of:
         for group, exact in zip(
-            rows.split(sizes[1], dim=1), exact_rows.split(sizes[1], dim=1), strict=True
+            rows.tensor_split(counts[1], dim=1),
+            exact_rows.tensor_split(counts[1], dim=1),
+            strict=True,
         ):
             bound = half_step(exact, bits) + rounding(original)
             assert float((group - exact).abs().max()) <= bound
@@ -103,15 +111,14 @@ def check_span(found: CompressedKV, span: CompressedKV, precision: Precision) ->
                 assert bool((error <= bound + rounding(exact)).all())
             continue
         bits = 8 if precision == "int8" else 4
-        heads = [length for length in other.lengths if length]
-        tokens, channels = (max(heads, default=1), 10**6) if bits == 8 else (32, 32)
         for near, exact in zip(
             one.keys.split(list(other.lengths)), other.keys.split(list(other.lengths)), strict=True
         ):
             if len(exact):
-                check_groups(near, exact, (tokens, 1), bits)
-        if heads:
-            check_groups(one.values, other.values, (1, channels), bits)
+                check_groups(near, exact, (num_groups(len(exact), bits), exact.shape[1]), bits)
+        num_rows, dim = other.values.shape
+        if num_rows:
+            check_groups(one.values, other.values, (num_rows, num_groups(dim, bits)), bits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -130,8 +137,8 @@ def test_errors_are_bounded_by_the_scale(precision: Precision, dtype: str):
 @given(
     precision=st.sampled_from(QUANTIZED),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3).filter(any),
-    dims=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=3).filter(any),
+    dims=st.tuples(st.integers(1, 140), st.integers(1, 70)),
     has_scores=st.booleans(),
     exponent=st.integers(-20, 20),
     seed=st.integers(0, 99),
@@ -172,8 +179,8 @@ def test_sizes_are_exact():
     # Two bfloat16 for each channel of each head that keeps anything; two for each token's values.
     int8 = padded(42 * 6, 2 * 6 * 4, 42 * 40, 42 * 4, 128 * 5, 2 * 5 * 4, 128 * 3, 128 * 4)
     int8 += padded(56, 2 * 4 * 4, 56, 14 * 4)
-    # Groups of 32: 37 + 0 + 5 tokens make three, 64 + 64 four; 40 channels make two.
-    int4 = padded(42 * 3, 3 * 6 * 4, 42 * 20, 42 * 2 * 4, 320, 4 * 5 * 4, 192, 128 * 4)
+    # Groups of about 64: 37 + 0 + 5 tokens make two, 64 + 64 two; 40 channels make one.
+    int4 = padded(42 * 3, 2 * 6 * 4, 42 * 20, 42 * 4, 320, 2 * 5 * 4, 192, 128 * 4)
     int4 += padded(28, 2 * 4 * 4, 28, 14 * 4)
 
     for precision, size in (("fp8", fp8), ("int8", int8), ("int4", int4)):
