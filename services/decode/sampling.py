@@ -8,7 +8,7 @@ what they subtract is in the unit that the caller gave, whatever the other is.
 
 The draw is a pure function of logits, seed and position (Gumbel-max over counter-based random
 numbers): the same seed gives the same tokens on any worker, in any company, and after another
-worker took over. Knows nothing of models or caches.
+worker took over. It is made on the CPU, wherever the model runs. Knows nothing of models or caches.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from chunkserve.v1 import types_pb2
 from services.decode.penalties import LogitBias, Penalties
-from services.decode.philox import uniforms, uniforms_at
+from services.decode.philox import random_words, random_words_at, uniforms
 from services.runtime.errors import InvalidRequestError
 
 MAX_TEMPERATURE: Final = 2.0
@@ -33,9 +35,11 @@ MAX_LOGPROBS: Final = 20
 # Below it only the likeliest token has a chance, and the division could overflow.
 _MIN_TEMPERATURE: Final = 1e-5
 
-# Buckets of the search for the edge of the nucleus.
-_BUCKETS_PER_NAT: Final = 8
-_NUM_BUCKETS: Final = 256
+# A token further behind the best cannot win: more than from the least Gumbel noise of a random word
+# to the most, -log(33 log 2) to 33 log 2.
+_NOISE_SPAN: Final = math.log(33 * math.log(2)) + 33 * math.log(2) + 0.01
+# More than float32 arithmetic is off by in that span.
+_ROUNDING: Final = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,68 +235,98 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, *, position: int) -
         raise ValueError(f"no token can be chosen: the best logit is {best_logit}")
     if settings.is_greedy:
         return best
-    return _draw(warp(logits, settings), settings.seed, position)
+    return _draw(*candidates(logits.cpu(), settings), settings.seed, position)
 
 
-def warp(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Apply temperature, top-k, top-p and min-p; tokens that fall out get ``-inf``.
+def candidates(
+    logits: torch.Tensor, settings: SamplingSettings
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Apply temperature, top-k, top-p and min-p.
 
     Args:
-        logits: ``(vocab_size,)`` float32.
+        logits: ``(vocab_size,)`` float32, on the CPU.
         settings: Not greedy.
+
+    Returns:
+        The tokens that stay, ascending, and their logits: ``(num_candidates,)`` each.
     """
-    logits = logits / settings.temperature
-    if 0 < settings.top_k < logits.shape[-1]:
-        kth_best = logits.topk(settings.top_k).values[-1]
-        logits = logits.masked_fill(logits < kth_best, float("-inf"))
+    token_ids = np.arange(len(logits), dtype=np.int32)
+    warped = (logits / settings.temperature).numpy()
+    if 0 < settings.top_k < len(warped):
+        kth_best = np.partition(warped, -settings.top_k)[-settings.top_k]
+        places = np.flatnonzero(warped >= kth_best)
+        token_ids, warped = token_ids[places], warped[places]
     if settings.top_p < 1:
-        logits = logits.masked_fill(_outside_nucleus(logits, settings.top_p), float("-inf"))
+        places = _nucleus(warped, settings.top_p)
+        token_ids, warped = token_ids[places], warped[places]
     if settings.min_p > 0:
-        probabilities = logits.softmax(dim=-1)
-        is_unlikely = probabilities < settings.min_p * probabilities.max()
-        logits = logits.masked_fill(is_unlikely, float("-inf"))
-    return logits
+        probabilities = _softmax(warped)
+        places = np.flatnonzero(probabilities >= settings.min_p * probabilities.max())
+        token_ids, warped = token_ids[places], warped[places]
+    return token_ids, warped
 
 
-def _outside_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Return which tokens are not in the nucleus: ``(vocab_size,)`` bool.
+def _nucleus(logits: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
+    """Return the places of the tokens in the nucleus, ascending.
 
     As transformers, which adds the probabilities up from the least likely token and drops those
-    up to ``1 - top_p``; but only tokens about as likely as the one at the edge are sorted, because
-    sorting all takes longer than the rest of sampling together.
+    up to ``1 - top_p``; but only tokens that might stay are sorted.
     """
-    probabilities = logits.softmax(dim=-1).double()
-    # From the likeliest token, 0, down; the last bucket has all that is less likely.
-    buckets = ((logits.max() - logits) * _BUCKETS_PER_NAT).clamp(max=_NUM_BUCKETS - 1).long()
-    masses = buckets.bincount(probabilities, _NUM_BUCKETS)
-    masses_from = masses.flip(0).cumsum(dim=0).flip(0)  # of a bucket and all below it
-    edge = max(int((masses_from.float() > 1 - top_p).sum()) - 1, 0)
+    probabilities = _softmax(logits)
+    to_drop = np.float32(1 - top_p)
+    # Tokens less likely than this do not fill what is to be dropped, not even all together.
+    places = np.flatnonzero(probabilities > to_drop / (2 * len(logits)))
+    total = probabilities.sum(dtype=np.float64)
+    logits, probabilities = logits[places], probabilities[places]
 
-    is_outside = buckets > edge
-    token_ids = (buckets == edge).nonzero().squeeze(-1)
-    order = logits[token_ids].sort(stable=True, descending=True).indices.flip(0)
-    token_ids = token_ids[order]  # of equal ones, the first stays longest
-    mass_below = masses[edge + 1 :].sum()
-    is_outside_here = (mass_below + probabilities[token_ids].cumsum(dim=0)).float() <= 1 - top_p
-    is_outside_here[-1] = False  # the likeliest token stays, however small top_p is
-    is_outside[token_ids] = is_outside_here
-    return is_outside
+    mass_below = total - probabilities.sum(dtype=np.float64)
+    masses = mass_below + np.sort(probabilities).cumsum(dtype=np.float64)
+    num_kept = max(int((masses.astype(np.float32) > to_drop).sum()), 1)
+
+    edge = np.partition(logits, -num_kept)[-num_kept]
+    is_inside = logits > edge
+    num_at_edge = num_kept - np.count_nonzero(is_inside)
+    is_inside[np.flatnonzero(logits == edge)[:num_at_edge]] = True  # of equal ones, the first
+    return places[np.flatnonzero(is_inside)]
 
 
-def _draw(logits: torch.Tensor, seed: int, position: int) -> int:
+def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    probabilities: NDArray[np.float32] = torch.from_numpy(logits).softmax(dim=-1).numpy()
+    return probabilities
+
+
+def _draw(
+    token_ids: NDArray[np.int32], logits: NDArray[np.float32], seed: int, position: int
+) -> int:
     """Draw a token from softmax(logits), by the argmax of the logits with Gumbel noise.
 
-    Number ``i`` belongs to token ``i``: filters and the rest of the batch do not move it, so
-    tokens that are out need none.
+    Word ``i`` belongs to token ``i``: filters and the rest of the batch do not move it, so tokens
+    that cannot win need none.
     """
-    is_in = logits > float("-inf")
-    vocab_size = logits.shape[-1]
-    if int(is_in.sum()) >= vocab_size // 4:  # four neighbours share a counter
-        uniform = uniforms(vocab_size, seed=seed, position=position, device=logits.device)
-        return _argmax(logits + _gumbel(uniform))
-    token_ids = is_in.nonzero().squeeze(-1)
-    uniform = uniforms_at(token_ids, seed=seed, position=position)
-    return int(token_ids[(logits[token_ids] + _gumbel(uniform)).argmax()])
+    leads = logits - logits.max()  # over the best, so never more than 0
+    is_in_reach = leads >= -_NOISE_SPAN
+    end = int(token_ids[-1]) + 1
+    if np.count_nonzero(is_in_reach) < end // 4:  # four neighbours share a counter
+        places = np.flatnonzero(is_in_reach)
+        words = random_words_at(token_ids[places], seed=seed, position=position)
+    else:
+        words = random_words(end, seed=seed, position=position)
+        if len(token_ids) < end:
+            words = words[token_ids]
+        places = _rivals(leads, words)
+        words = words[places]
+    return int(token_ids[places[(logits[places] + _gumbel(words)).argmax()]])
+
+
+def _rivals(leads: NDArray[np.float32], words: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Return the places of the best token and of the few that it may lose against.
+
+    The noise of a uniform number u is at most -log(1 - u), so a token that wins has
+    1 - u <= exp(lead - noise of the best); ``~word``, over 2**32, is a little less than 1 - u.
+    """
+    noise_of_best = float(_gumbel(words[[leads.argmax()]])[0])
+    largest = np.exp(leads + (32 * math.log(2) + _ROUNDING - noise_of_best))
+    return np.flatnonzero((~words).astype(np.float32) <= largest)
 
 
 def _argmax(values: torch.Tensor) -> int:
@@ -302,9 +336,9 @@ def _argmax(values: torch.Tensor) -> int:
     return int(values.argmax())
 
 
-def _gumbel(uniform: torch.Tensor) -> torch.Tensor:
-    """Turn uniform numbers into Gumbel noise, in place."""
-    return uniform.log_().neg_().log_().neg_()
+def _gumbel(words: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Turn random words into Gumbel noise."""
+    return -np.log(-np.log(uniforms(words)))
 
 
 def _require(is_valid: bool, name: str, value: object, allowed: str) -> None:

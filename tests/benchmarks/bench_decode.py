@@ -8,6 +8,7 @@ All of it in one run, by turns, because shared machines vary two to three times 
 - a step of the engine's model call with its own attention, and with none;
 - a step of transformers with ``DynamicCache`` and its SDPA attention, weights as loaded;
 - the engine's own work around the model call, batch 8;
+- the choice of a token from made-up logits, by settings and vocabulary, one thread;
 - the accuracy and the speed of an answer whose KV is bounded (``max_kv_tokens``).
 
 KV is made up (its contents do not matter to the time); tokens are the model's own.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -36,7 +38,7 @@ from services.decode.attention import Reader, Rows, forward, kv_geometry, use_se
 from services.decode.engine import Engine
 from services.decode.geometry import KVGeometry
 from services.decode.memory import KVPool
-from services.decode.sampling import SamplingSettings
+from services.decode.sampling import SamplingSettings, sample
 from services.decode.sequence import DecodeTask
 from services.decode.sequence_kv import SequenceKV
 from services.decode.tail import tail_size_bytes
@@ -46,6 +48,16 @@ from services.prefill.servicer import kv_bytes_per_token
 
 TAIL_TOKENS = 96
 KEEP_RATIO = 0.1
+VOCAB_SIZES = (49_152, 151_936)  # of SmolLM2 and Qwen3
+SAMPLING = {
+    "greedy": SamplingSettings(),
+    "temperature 1": SamplingSettings(temperature=1.0),
+    "temperature 0.3": SamplingSettings(temperature=0.3),
+    "0.8, top_k 50": SamplingSettings(temperature=0.8, top_k=50),
+    "0.8, top_p 0.95": SamplingSettings(temperature=0.8, top_p=0.95),
+    "0.8, top_k 50, top_p 0.95": SamplingSettings(temperature=0.8, top_k=50, top_p=0.95),
+    "0.8, min_p 0.05": SamplingSettings(temperature=0.8, min_p=0.05),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,7 @@ class Report:
         weights_dtype: Form of our linear layers.
         steps: The table.
         engine_overhead: Engine step over bare model call, batch 8.
+        sampling_us: Microseconds a token, by settings, for each of the vocabularies.
         missed: Bars that were not reached.
     """
 
@@ -87,6 +100,7 @@ class Report:
     weights_dtype: str = ""
     steps: list[Step] = field(default_factory=list)
     engine_overhead: float = 0.0
+    sampling_us: dict[str, list[float]] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
 
 
@@ -100,6 +114,8 @@ def main() -> None:
     loaded = load_model(path, dtype="float32", weights_dtype=options.weights_dtype)
     use_sequences(loaded.model)
     report.engine_overhead = engine_overhead(loaded, num_threads=num_threads)
+    for name, settings in SAMPLING.items():
+        report.sampling_us[name] = [sampling_us(settings, size) for size in VOCAB_SIZES]
     torch.set_num_threads(num_threads)
 
     report.bandwidth_gb_s = bandwidth_gb_s()
@@ -125,6 +141,9 @@ def main() -> None:
             )
     del plain
     print(f"\nengine step over bare model call, batch 8 x 820: {report.engine_overhead:.3f}")
+    print(f"\n{'us to choose a token of':26}" + "".join(f"{size:9,}" for size in VOCAB_SIZES))
+    for name, times in report.sampling_us.items():
+        print(f"{name:26}" + "".join(f"{time_us:9.0f}" for time_us in times))
     _judge(report)
     if options.json:
         options.json.write_text(json.dumps(asdict(report), indent=1))
@@ -276,6 +295,14 @@ async def _engine_step_s(engine: Engine, rows: list[SequenceKV], num_tokens: int
     times = await asyncio.gather(*(read(generation) for generation in generations))
     await engine.stop()
     return (max(end for _, end in times) - min(start for start, _ in times)) / (num_tokens - 1)
+
+
+@torch.inference_mode()
+def sampling_us(settings: SamplingSettings, vocab_size: int) -> float:
+    """Return the microseconds that a token takes, median."""
+    logits = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+    positions = itertools.count()
+    return 1e6 * _median_s(lambda: sample(logits, settings, position=next(positions)), times=300)
 
 
 def _judge(report: Report) -> None:

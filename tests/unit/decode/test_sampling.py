@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from chunkserve.v1 import types_pb2
-from services.decode.philox import uniforms
-from services.decode.sampling import Sampler, SamplingSettings, sample, warp
+from services.decode.philox import random_words, uniforms
+from services.decode.sampling import Sampler, SamplingSettings, candidates, sample
 from services.runtime.errors import InvalidRequestError
 
 VOCAB = 64
@@ -31,6 +31,20 @@ def random_logits(seed: int, vocab: int = VOCAB) -> torch.Tensor:
 def choose(logits: torch.Tensor, chosen: SamplingSettings, *, position: int, forbidden=()) -> int:
     """The first token of an answer."""
     return Sampler(chosen, ending_token_ids=forbidden).choose(logits, position=position)
+
+
+def warp(logits: torch.Tensor, chosen: SamplingSettings) -> torch.Tensor:
+    """The candidates as transformers has them: in their places, ``-inf`` where a token fell out."""
+    token_ids, kept = candidates(logits, chosen)
+    warped = torch.full_like(logits, float("-inf"))
+    warped[torch.from_numpy(token_ids)] = torch.from_numpy(kept)
+    return warped
+
+
+def obvious_draw(warped: torch.Tensor, seed: int, position: int) -> int:
+    """Noise for every token, and the first of the best."""
+    uniform = torch.from_numpy(uniforms(random_words(len(warped), seed=seed, position=position)))
+    return int((warped - (-uniform.log()).log()).numpy().argmax())
 
 
 def transformers_processors(
@@ -262,9 +276,74 @@ def test_filters_do_not_move_the_noise_of_the_tokens_that_stay(vocab, top_k):
     warped = warp(logits, chosen)
 
     for position in range(20):
-        uniform = uniforms(vocab, seed=3, position=position, device=logits.device)
-        noisy = warped - (-uniform.log()).log()  # the obvious way: noise for every token
-        assert sample(logits, chosen, position=position) == int(noisy.argmax())
+        drawn = sample(logits, chosen, position=position)
+        assert drawn == obvious_draw(warped, seed=3, position=position)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    logits_seed=st.integers(0, 2**32),
+    vocab=st.integers(1, 3000),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 3.0, 3.0, 10.0, 1e3, 1e8, 1e30]),
+    shift=st.sampled_from([0.0, 0.0, -50.0, 1e6]),
+    form=st.sampled_from(["float32", "bfloat16", "whole numbers"]),
+    share_forbidden=st.sampled_from([0.0, 0.1, 0.9]),
+    temperature=st.floats(1e-5, 2.0),
+    top_k=st.sampled_from([0, 0, 1, 50, 2000]),
+    top_p=st.sampled_from([1.0, 1.0, 0.5, 0.95, 0.9999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0, 1e-6, 0.05]),
+    seed=st.integers(-(2**63), 2**64 - 1),
+    position=st.integers(0, 2**32 - 1),
+)
+def test_tokens_left_out_of_the_draw_could_not_have_won(
+    logits_seed,
+    vocab,
+    scale,
+    shift,
+    form,
+    share_forbidden,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed,
+    position,
+):
+    logits = scale * random_logits(logits_seed, vocab) + shift
+    if form == "bfloat16":
+        logits = logits.bfloat16().float()
+    elif form == "whole numbers":
+        logits = logits.round()
+    logits[: int(share_forbidden * vocab)] = float("-inf")
+    chosen = SamplingSettings(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+
+    drawn = sample(logits, chosen, position=position)
+
+    assert drawn == obvious_draw(warp(logits, chosen), seed, position)
+
+
+# Drawn by the first implementation, in tensor operations: a seed keeps its answers.
+DRAWN_BEFORE = [
+    ({"temperature": 1.0}, [7121, 5579, 2231, 2605, 4592, 3448, 4744, 2016]),
+    ({"temperature": 0.2}, [4338, 9663, 843, 2605, 4592, 144, 8841, 8786]),
+    ({"temperature": 2.0, "top_k": 50}, [4338, 9752, 843, 843, 8587, 144, 7045, 6812]),
+    ({"temperature": 1.0, "top_p": 0.9}, [7121, 5579, 6600, 2605, 4592, 3448, 4744, 2016]),
+    ({"temperature": 1.5, "min_p": 0.1}, [7121, 5579, 2231, 2605, 4592, 3448, 4744, 2016]),
+    (
+        {"temperature": 0.8, "top_k": 500, "top_p": 0.95, "min_p": 0.02},
+        [7121, 5579, 6600, 2605, 4592, 3448, 8841, 8786],
+    ),
+]
+
+
+@pytest.mark.parametrize(("filters", "token_ids"), DRAWN_BEFORE)
+def test_a_seed_draws_the_tokens_that_it_always_drew(filters, token_ids):
+    logits = torch.arange(10_007) * 40_503 % 2**16 / 2**12  # 0 to 16, without a pattern
+    chosen = SamplingSettings(seed=-(2**40) - 5, **filters)
+
+    assert [sample(logits, chosen, position=p) for p in range(100, 108)] == token_ids
 
 
 # 99.995 % quantile of chi-square by degrees of freedom: honest draws fail once in 20,000.
