@@ -229,8 +229,7 @@ def sample(logits: torch.Tensor, settings: SamplingSettings, *, position: int) -
     Raises:
         ValueError: No token is left, because the logits are NaN or all ``-inf``.
     """
-    best = _argmax(logits)  # a NaN counts as the largest
-    best_logit = float(logits[best])
+    best, best_logit = _best(logits)
     if not math.isfinite(best_logit):
         raise ValueError(f"no token can be chosen: the best logit is {best_logit}")
     if settings.is_greedy:
@@ -329,11 +328,14 @@ def _rivals(leads: NDArray[np.float32], words: NDArray[np.uint32]) -> NDArray[np
     return np.flatnonzero((~words).astype(np.float32) <= largest)
 
 
-def _argmax(values: torch.Tensor) -> int:
-    """Return the place of the largest of ``(n,)`` values, the first of equal ones."""
-    if values.device.type == "cpu":
-        return int(values.numpy().argmax())  # with SIMD, 8 times as fast as torch's on a CPU
-    return int(values.argmax())
+def _best(logits: torch.Tensor) -> tuple[int, float]:
+    """Return the likeliest token, the first of equal ones, and its logit; NaN is the largest."""
+    if logits.device.type != "cpu":
+        best = int(logits.argmax())
+        return best, float(logits[best])
+    values = logits.numpy()  # with SIMD, 8 times as fast as torch on a CPU
+    best = int(values.argmax())
+    return best, float(values[best])
 
 
 def _gumbel(words: NDArray[np.uint32]) -> NDArray[np.float64]:
