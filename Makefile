@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 NODE_INSTALLED := clients/node/node_modules/.package-lock.json
 PACKAGES := chunkkv services clients/chunkserve_client tests
 
-.PHONY: demo test check bench needles protos format model node-deps install clean
+.PHONY: demo test check bench needles soak protos format model node-deps install clean
 
 demo: install  ## Start a cluster, ask a long document two questions, show what was saved, stop.
 	$(BIN)/chunkserve demo
@@ -33,6 +33,9 @@ bench: install  ## Run the benchmarks; tables on the screen, JSON in bench-resul
 	for name in store compression needle linear decode bounded decode_service sessions; do \
 		$(BIN)/python -m tests.benchmarks.bench_$$name --json bench-results/$$name.json || exit 1; \
 	done
+
+soak: install  ## Thousands of random steps of sessions, each checked against a model of them.
+	CHUNKSERVE_TEST_STEPS=5000 $(BIN)/pytest tests/integration/test_session_properties.py
 
 needles: install  ## The needle table of all presets: hours on a CPU; a run that was cut off goes on.
 	$(BIN)/chunkkv eval run needle "$$($(BIN)/python -m services.local.model)" \

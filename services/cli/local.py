@@ -42,13 +42,14 @@ def up(
     shown = ""
     with _console.status("starting") as status:
         while True:
+            has_ended = not supervisor.runs(pid)
             state = supervisor.read_state(directory)
             if state is not None and state.phase == "ready":
                 break
-            if state is not None and state.phase == "failed":
-                _fail(state.message)
-            if state is None and not supervisor.runs(pid):
-                _fail(f"the supervisor ended; see {directory / 'supervisor.log'}")
+            if has_ended:
+                is_told = state is not None and state.phase == "failed"
+                log = directory / "supervisor.log"
+                _fail(state.message if is_told else f"the supervisor ended; see {log}")
             if state is not None and state.message != shown:
                 shown = state.message
                 status.update(shown)

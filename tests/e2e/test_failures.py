@@ -275,21 +275,20 @@ async def test_a_killed_decode_worker_changes_no_answer_of_the_demo_model(
     with ProcessStack(tmp_path, Path(model_path), prefill={}, gateway={}) as stack:
         await stack.ready()
         async with stack.client() as client:
-            for temperature in (0.0, 0.8):
-                session = await client.create_session()
-                whole = await client.create_session()
-                first, watched = (
-                    question(rng, num_tokens, temperature=temperature) for num_tokens in (300, 30)
-                )
-                for each in (session, whole):
-                    await ask(client, first, each.session_id).result()
-                expected = said(await ask(client, watched, whole.session_id).result())
+            session = await client.create_session()
+            whole = await client.create_session()
+            first, watched = (
+                question(rng, num_tokens, temperature=0.8) for num_tokens in (300, 30)
+            )
+            for each in (session, whole):
+                await ask(client, first, each.session_id).result()
+            expected = said(await ask(client, watched, whole.session_id).result())
 
-                place = rng.randrange(1, NUM_TOKENS)
-                answer = ask(client, watched, session.session_id)
-                result = await killed_at(stack, answer, watched.seed, place, rng)
+            place = rng.randrange(1, NUM_TOKENS)
+            answer = ask(client, watched, session.session_id)
+            result = await killed_at(stack, answer, watched.seed, place, rng)
 
-                assert said(result) == expected
+            assert said(result) == expected
 
 
 async def killed_at(

@@ -19,7 +19,7 @@ from tests.integration.session_cluster import SessionCluster, load_chatty
 from tests.integration.session_model import Keys
 from tests.integration.session_steps import Steps
 
-NUM_STEPS = int(os.environ.get("CHUNKSERVE_TEST_STEPS", "2000"))
+NUM_STEPS = int(os.environ.get("CHUNKSERVE_TEST_STEPS", "1000"))
 SEED = int(os.environ.get("CHUNKSERVE_TEST_SEED", "1"))
 CHECK_EVERY = 20
 SHOWN_STEPS = 40
