@@ -7,7 +7,6 @@ layers and KV heads of this one keep. Knows no model, no store and no batch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,7 +16,7 @@ import chunkkv
 from chunkkv.cache import WHOLE
 from services.decode.geometry import KVGeometry
 from services.decode.limit import KVLimit, RecentQueries, chosen_tokens
-from services.decode.piecewise import attention
+from services.decode.piecewise import Heads, attention
 from services.decode.tail import MAX_NEW_TOKENS, Tail
 
 # Spans of at most so many tokens go into the tail: reading many small ones costs a call each.
@@ -79,7 +78,7 @@ class SequenceKV:
         for span in spans:
             self._add(span)
         self._num_span_tokens = self.num_tokens
-        self._runs = [self._runs_of(layer) for layer in range(len(geometry.layers))]
+        self._pieces = [self._pieces_of(layer) for layer in range(len(geometry.layers))]
         # The tail was given room for all small spans; those that did not go into it count too.
         self._capacity = capacity
         if limit is not None:
@@ -132,17 +131,8 @@ class SequenceKV:
             keys, values = keys[:, seen], values[:, seen]
         elif self._queries is not None:
             self._queries.add(layer, query, softcap)
-        read = [
-            attention(
-                query[:, heads],
-                [*pieces, (keys[heads], values[heads])],
-                window=window,
-                softcap=softcap,
-                sinks=None if sinks is None else sinks[heads],
-            )
-            for heads, pieces in self._runs[layer]
-        ]
-        return read[0] if len(read) == 1 else torch.cat(read, dim=1)
+        pieces = [*self._pieces[layer], (keys, values)]
+        return attention(query, pieces, window=window, softcap=softcap, sinks=sinks)
 
     def make_room(self, num_tokens: int) -> None:
         """Compress the tail if it has no room for ``num_tokens`` more, and may be compressed.
@@ -204,30 +194,21 @@ class SequenceKV:
                 self._tail.replace_window(index, *layer.by_head())
         self.num_tokens += span.num_tokens
 
-    def _runs_of(self, layer: int) -> list[tuple[slice, list[tuple[torch.Tensor, torch.Tensor]]]]:
-        """Return the spans' keys and values for neighbouring heads that keep equally many."""
-        num_heads = self._geometry.layers[layer].num_kv_heads
-        if self._geometry.layers[layer].window is not None or not self._spans:
-            return [(slice(0, num_heads), [])]
-        kept = [span.layers[layer] for span in self._spans]
-        lengths = list(zip(*(part.lengths for part in kept), strict=True))
-        runs = []
-        for _, group in itertools.groupby(range(num_heads), key=lengths.__getitem__):
-            heads = list(group)
-            parts = [
-                _heads(part, heads[0], len(heads)) for part in kept if part.lengths[heads[0]] > 0
-            ]
-            runs.append((slice(heads[0], heads[-1] + 1), parts))
-        return runs
+    def _pieces_of(self, layer: int) -> list[tuple[Heads, Heads]]:
+        """Return the spans' keys and values, as attention takes them."""
+        if self._geometry.layers[layer].window is not None:
+            return []
+        parts = [span.layers[layer] for span in self._spans]
+        return [
+            part.by_head() if part.is_uniform else _ragged(part)
+            for part in parts
+            if any(part.lengths)
+        ]
 
     def _all_keys(self, layer: int) -> list[torch.Tensor]:
         """Return, for each KV head, the keys of a layer: spans first, then the tail."""
-        own = self._tail.keys(layer)
-        return [
-            torch.cat([*(keys[head - heads.start] for keys, _ in pieces), own[head]])
-            for heads, pieces in self._runs[layer]
-            for head in range(heads.start, heads.stop)
-        ]
+        pieces = [*(keys for keys, _ in self._pieces[layer]), self._tail.keys(layer)]
+        return [torch.cat(own) for own in zip(*pieces, strict=True)]
 
     def _check(self, span: chunkkv.CompressedKV) -> None:
         span.check_follows(num_tokens=self.num_tokens, num_layers=len(self._geometry.layers))
@@ -243,11 +224,7 @@ class SequenceKV:
                 )
 
 
-def _heads(layer: chunkkv.LayerKV, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values ``(count, length, dim)`` of heads that keep equally many, views."""
-    start, length = sum(layer.lengths[:first]), layer.lengths[first]
-    rows = slice(start, start + count * length)
-    return (
-        layer.keys[rows].view(count, length, -1),
-        layer.values[rows].view(count, length, -1),
-    )
+def _ragged(layer: chunkkv.LayerKV) -> tuple[Heads, Heads]:
+    """Return keys and values of each head, views."""
+    lengths = list(layer.lengths)
+    return layer.keys.split(lengths), layer.values.split(lengths)
