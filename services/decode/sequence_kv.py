@@ -227,4 +227,4 @@ class SequenceKV:
 def _ragged(layer: chunkkv.LayerKV) -> tuple[Heads, Heads]:
     """Return keys and values of each head, views."""
     lengths = list(layer.lengths)
-    return layer.keys.split(lengths), layer.values.split(lengths)
+    return torch.split(layer.keys, lengths), torch.split(layer.values, lengths)
