@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from functools import partial
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -14,7 +15,9 @@ from chunkkv.codec import encode
 from chunkkv.compressed import CompressedKV
 from chunkkv.compressor import compress
 from chunkkv.evaluation.contexts import Context, prefill_context
-from chunkkv.policy import CompressionPolicy, Precision
+from chunkkv.policy import CompressionPolicy, Precision, Scorer
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +66,17 @@ def measure_cost(
         return prefill_context(model, token_ids, [policy], sentence_ends=sentence_ends)
 
     bare = CompressionPolicy(scorer="recency", window_size=1)
+    by_scorer: dict[Scorer | None, CompressionPolicy] = {None: bare}
+    by_scorer.update({policy.scorer: policy for policy in policies})
     prefilled_for(bare)  # first calls pay for more than themselves
-    prefill_ms = _median_ms(lambda: prefilled_for(bare), repeats)
-    observed_ms: dict[str, float] = {}
+    passes = _by_turns(
+        {scorer: partial(prefilled_for, policy) for scorer, policy in by_scorer.items()}, repeats
+    )
     costs = []
     for policy in policies:
-        if policy.scorer not in observed_ms:
-            observed_ms[policy.scorer] = _median_ms(
-                lambda policy=policy: prefilled_for(policy),  # type: ignore[misc]
-                repeats,
-            )
         prefilled = prefilled_for(policy).prefilled
-        span = compress(prefilled, policy)[0]
+        compressing = partial(compress, prefilled, policy)
+        span = compressing()[0]
         costs.append(
             Cost(
                 stored_bytes={
@@ -85,12 +87,9 @@ def measure_cost(
                     for layer in prefilled.cache.layers
                     for tensor in (layer.keys, layer.values)
                 ),
-                observe_ms=max(0.0, observed_ms[policy.scorer] - prefill_ms),
-                select_ms=_median_ms(
-                    lambda prefilled=prefilled, policy=policy: compress(prefilled, policy),  # type: ignore[misc]
-                    repeats,
-                ),
-                prefill_ms=prefill_ms,
+                observe_ms=max(0.0, passes[policy.scorer] - passes[None]),
+                select_ms=_by_turns({policy: compressing}, repeats)[policy],
+                prefill_ms=passes[None],
             )
         )
     return costs
@@ -101,10 +100,15 @@ def _stored_bytes(span: CompressedKV, precision: Precision) -> int:
     return sum(map(len, encode(changed, identity="cost").parts))
 
 
-def _median_ms(action: Callable[[], Any], repeats: int) -> float:
-    times = []
+def _by_turns(actions: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, float]:
+    """Return the median milliseconds of each action, one after another in each round.
+
+    A machine that is slow for a while is so for all of them.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in actions}
     for _ in range(max(1, repeats)):
-        start = time.perf_counter()
-        action()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(of_name) for name, of_name in times.items()}
