@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 from chunkserve_client.errors import cancelled
 
+_SIGNALS_S: Final = 0.5  # Python loses a signal that comes just before a lock is waited for
 _CANCEL_WAIT_S: Final = 5.0
 _END: Final = object()
 
@@ -60,7 +61,7 @@ class Portal:
         try:
             # Inside: Ctrl-C may come as soon as the coroutine is scheduled.
             loop.call_soon_threadsafe(start)
-            return done.result()
+            return _result(done)
         except BaseException:
             if not done.done():
                 # Wait for the end: what the coroutine holds must be free when we return.
@@ -107,6 +108,16 @@ class Portal:
         self._stop = asyncio.Event()
         self._ready.set_result(asyncio.get_running_loop())
         await self._stop.wait()
+
+
+def _result(done: Future[T]) -> T:
+    """Wait for the result; a signal is handled at once, or at the latest after ``_SIGNALS_S``."""
+    while True:
+        try:
+            return done.result(timeout=_SIGNALS_S)
+        except TimeoutError:
+            if done.done():
+                return done.result()  # the error was its own, or it ended just now
 
 
 def _hand_over(task: asyncio.Task[T], done: Future[T]) -> None:
