@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Final, Literal, get_args
 
 from chunkkv.errors import InvalidPolicyError
@@ -209,6 +210,7 @@ class CompressionPolicy:
             yield f" precision={self.precision}"
 
 
+@lru_cache(maxsize=256)
 def fraction(ratio: float) -> Fraction:
     """Return what a ratio, floor or gating in ``[0, 1]`` is read as, on either side of the wire."""
     return Fraction(ratio).limit_denominator(_MAX_DENOMINATOR)

@@ -146,7 +146,7 @@ def select_positions(
             chosen = ranking.best(num_ranked)
         # Gated units stand in two tiers: their best tokens, and the others.
         tiers = chosen.view(scores.shape[0], -1, units.num_units, units.unit_tokens)
-        kept |= units.tokens(tiers.any(dim=1))
+        kept |= units.tokens(tiers.any(dim=1) if gating > 0 else tiers[:, 0])
     counts = kept.sum(dim=1).tolist()
     return list(torch.split(kept.nonzero()[:, 1], counts))
 
@@ -158,13 +158,13 @@ class _Ranking:
     Attributes:
         scores: ``(rows, units, unit_tokens)``: of each token.
         is_member: The same shape: the slot holds a token that may be chosen.
-        tiers: ``(rows, units)`` int64: lower ones come first.
+        tiers: ``(rows, units)`` int64: lower ones come first; ``None``: there is one.
         by_mean: Units are as good as their average token, not as the sum.
     """
 
     scores: torch.Tensor
     is_member: torch.Tensor
-    tiers: torch.Tensor
+    tiers: torch.Tensor | None
     by_mean: bool
 
     @classmethod
@@ -173,41 +173,43 @@ class _Ranking:
     ) -> _Ranking:
         """Return the ranking of the body's units; both ``(rows, seq_len)``."""
         grid, is_member = units.grid(scores), units.grid(is_body)
-        tiers = torch.zeros(grid.shape[:2], dtype=torch.int64, device=scores.device)
-        if gating > 0:
-            is_best = is_member & _stands_out(grid * is_member, is_member, gating)
-            grid = torch.cat([grid, grid], dim=1)
-            is_member = torch.cat([is_best, is_member & ~is_best], dim=1)
-            tiers = torch.cat([tiers, tiers + 1], dim=1)
-        return cls(grid, is_member, tiers, units.by_mean)
+        if gating == 0:
+            return cls(grid, is_member, None, units.by_mean)
+        is_best = is_member & _stands_out(grid * is_member, is_member, gating)
+        first = torch.zeros(grid.shape[:2], dtype=torch.int64, device=scores.device)
+        return cls(
+            torch.cat([grid, grid], dim=1),
+            torch.cat([is_best, is_member & ~is_best], dim=1),
+            torch.cat([first, first + 1], dim=1),
+            units.by_mean,
+        )
 
     def joined(self) -> _Ranking:
         """Return one row of all rows' units."""
         return _Ranking(
             self.scores.flatten(0, 1)[None],
             self.is_member.flatten(0, 1)[None],
-            self.tiers.flatten()[None],
+            None if self.tiers is None else self.tiers.flatten()[None],
             self.by_mean,
         )
 
     def with_floor(self, num_tokens: torch.Tensor) -> _Ranking:
         """Return it with each row's best units of ``num_tokens``, ``(rows, 1)``, before all."""
         order, filled = self._in_order()
-        is_first = torch.zeros_like(self.tiers, dtype=torch.bool)
+        is_first = torch.zeros_like(order, dtype=torch.bool)
         is_first.scatter_(1, order, filled <= num_tokens)
-        return _Ranking(
-            self.scores, self.is_member, self.tiers.masked_fill(is_first, -1), self.by_mean
-        )
+        tiers = torch.zeros_like(order) if self.tiers is None else self.tiers
+        return _Ranking(self.scores, self.is_member, tiers.masked_fill(is_first, -1), self.by_mean)
 
     def best(self, num_tokens: torch.Tensor) -> torch.Tensor:
         """Return the slots of the best ``num_tokens``, ``(rows, 1)``; all rows have so many."""
         order, filled = self._in_order()
-        is_whole = torch.zeros_like(self.tiers, dtype=torch.bool)
-        is_whole.scatter_(1, order, filled <= num_tokens)
+        fits = filled <= num_tokens
+        is_whole = torch.zeros_like(fits).scatter_(1, order, fits)
         chosen = self.is_member & is_whole[..., None]
 
         # At most one unit a row is cut: the first, in rank, that overflows the budget.
-        num_whole = (filled <= num_tokens).sum(dim=-1, keepdim=True)  # (rows, 1)
+        num_whole = fits.sum(dim=-1, keepdim=True)  # (rows, 1)
         taken = filled.gather(1, (num_whole - 1).clamp(min=0)) * (num_whole > 0)
         cut = order.gather(1, num_whole.clamp(max=order.shape[1] - 1))
         inside = cut[..., None].expand(-1, -1, self.scores.shape[2])  # (rows, 1, unit_tokens)
@@ -224,10 +226,14 @@ class _Ranking:
         if self.by_mean:
             scores /= sizes.clamp(min=1)
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        if self.tiers.any():
+        if self.tiers is not None:
             by_tier = self.tiers.gather(1, order).sort(dim=-1, stable=True).indices
             order = order.gather(1, by_tier)
         return order, sizes.gather(1, order).cumsum(dim=-1)
+
+
+# Of 4 equal scores the perplexity is 4, and not the 5 that 4.0000005 rounded up would be.
+_PERPLEXITY_ROUNDING: Final = 1e-3
 
 
 def _stands_out(scores: torch.Tensor, is_member: torch.Tensor, gating: float) -> torch.Tensor:
@@ -236,7 +242,8 @@ def _stands_out(scores: torch.Tensor, is_member: torch.Tensor, gating: float) ->
     entropy = torch.special.entr(shares).sum(dim=-1)
     is_gated = entropy < gating * is_member.sum(dim=-1).clamp(min=1).log()
     rank = scores.masked_fill(~is_member, -1.0).sort(dim=-1, descending=True, stable=True)
-    is_best = rank.indices.argsort(dim=-1) < entropy.exp().ceil()[..., None]
+    perplexity = entropy.exp() - _PERPLEXITY_ROUNDING
+    is_best = rank.indices.argsort(dim=-1) < perplexity.ceil()[..., None]
     kept: torch.Tensor = is_best | ~is_gated[..., None]
     return kept
 

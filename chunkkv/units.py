@@ -35,7 +35,9 @@ class Units:
 
     def tokens(self, grid: torch.Tensor) -> torch.Tensor:
         """Return the tokens ``(rows, seq_len)`` of a grid."""
-        return grid.flatten(1)[:, self.slots]
+        flat = grid.flatten(1)
+        # A view where gaps are at the end only.
+        return flat[:, self.slots] if self.by_mean else flat[:, : len(self.slots)]
 
 
 def chunks(seq_len: int, unit_tokens: int, device: torch.device) -> Units:

@@ -80,7 +80,7 @@ def _units(
             shares = [scores[p] / total for p in tokens if scores[p] > 0]
             entropy = -sum(share * math.log(share) for share in shares)
             if entropy < gating * math.log(held):
-                held = min(held, math.ceil(math.exp(entropy)))
+                held = min(held, math.ceil(math.exp(entropy) - 1e-3))
         elif gating > 0 and held > 0:  # nothing scores: as concentrated as can be
             held = 1 if held > 1 else held
         by_score = sorted(tokens, key=lambda p: -scores[p])
