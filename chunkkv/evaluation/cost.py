@@ -69,7 +69,7 @@ def measure_cost(
     by_scorer: dict[Scorer | None, CompressionPolicy] = {None: bare}
     by_scorer.update({policy.scorer: policy for policy in policies})
     prefilled_for(bare)  # first calls pay for more than themselves
-    passes = _by_turns(
+    passes = by_turns(
         {scorer: partial(prefilled_for, policy) for scorer, policy in by_scorer.items()}, repeats
     )
     costs = []
@@ -88,7 +88,7 @@ def measure_cost(
                     for tensor in (layer.keys, layer.values)
                 ),
                 observe_ms=max(0.0, passes[policy.scorer] - passes[None]),
-                select_ms=_by_turns({policy: compressing}, repeats)[policy],
+                select_ms=by_turns({policy: compressing}, repeats)[policy],
                 prefill_ms=passes[None],
             )
         )
@@ -100,10 +100,14 @@ def _stored_bytes(span: CompressedKV, precision: Precision) -> int:
     return sum(map(len, encode(changed, identity="cost").parts))
 
 
-def _by_turns(actions: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, float]:
+def by_turns(actions: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, float]:
     """Return the median milliseconds of each action, one after another in each round.
 
     A machine that is slow for a while is so for all of them.
+
+    Args:
+        actions: By name.
+        repeats: Rounds, at least 1.
     """
     times: dict[Name, list[float]] = {name: [] for name in actions}
     for _ in range(max(1, repeats)):

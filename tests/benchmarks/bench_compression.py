@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import chunkkv
+from chunkkv.evaluation.cost import by_turns
 from chunkkv.policy import Scorer
 from chunkkv.scoring import repeat
 from services.local.model import ensure_demo_model
@@ -46,15 +47,6 @@ NUM_KV_HEADS, NUM_HEADS, SEQ_LEN, HEAD_DIM = 8, 32, 8192, 128
 NUM_LAYERS, LONG_LEN = 32, 32_768
 
 PRESETS = ("chunkkv", "snapkv", "fast", "durable")
-
-
-def by_turns(cases: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of each call, by turns, after a round that does not count.
-
-    A machine that is slow for a while is so for all of them.
-    """
-    times = [{name: once_ms(run) for name, run in cases.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(each[name] for each in times) for name in cases}
 
 
 def once_ms(run: Callable[[], Any]) -> float:
@@ -135,7 +127,7 @@ def repetitions(model: Any) -> dict[str, float]:
         "recall": "recall",
         "reconstruction": "reconstruction",
     }
-    return by_turns({name: partial(run, scorer) for name, scorer in cases.items()}, rounds=3)
+    return by_turns({name: partial(run, scorer) for name, scorer in cases.items()}, repeats=3)
 
 
 @torch.no_grad()
@@ -178,7 +170,7 @@ def selection_alone() -> dict[str, float]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return by_turns(cases, rounds=101)
+        return by_turns(cases, repeats=101)
     finally:
         torch.set_num_threads(num_threads)
 
