@@ -25,6 +25,9 @@ _PREFIX: Final = "chunkkv_"
 # Keyword that carries the probe from the model's call to its attention.
 PROBE_ARGUMENT: Final = "chunkkv_probe"
 
+# Keyword that carries an attention that some layers use instead of the model's own.
+ATTENTION_ARGUMENT: Final = "chunkkv_attention"
+
 
 class AttentionProbe(Protocol):
     """Sees the queries and keys of each layer, right before they meet."""
@@ -50,6 +53,36 @@ class AttentionProbe(Protocol):
                 own last.
             hidden: ``(batch, num_kv_heads)`` int64: of each head, so many leading keys hold
                 nothing, and no query sees them; ``None``: all hold something.
+        """
+
+
+class LayerAttention(Protocol):
+    """Attention that takes the place of the model's own in some layers of one forward pass.
+
+    Attributes:
+        layers: Their indices.
+    """
+
+    layers: frozenset[int]
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Return ``(batch, q_len, num_heads, value_dim)``.
+
+        Args:
+            layer: Its index.
+            queries: ``(batch, num_heads, q_len, head_dim)``, after position encoding.
+            keys: ``(batch, num_kv_heads, kv_len, head_dim)``, those of the queries last.
+            values: ``(batch, num_kv_heads, kv_len, value_dim)``.
+            scaling: Factor on the dot products; ``head_dim ** -0.5`` if ``None``.
+            softcap: Bound of the logits, or ``None``.
         """
 
 
@@ -192,14 +225,19 @@ def _probed(base: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         probe: AttentionProbe | None = kwargs.pop(PROBE_ARGUMENT, None)
+        instead: LayerAttention | None = kwargs.pop(ATTENTION_ARGUMENT, None)
+        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        if instead is not None and module.layer_idx in instead.layers:
+            layer: int = module.layer_idx  # type: ignore[assignment]
+            assert not isinstance(key, RaggedKeys)
+            return instead.attend(layer, query, key, value, scaling, softcap), None
         hidden: torch.Tensor | None = None
         if isinstance(key, RaggedKeys):
             # The model's mask speaks of columns that all heads and layers share.
             attention_mask = _ragged_mask(base, query, key)
             hidden, key = key.hidden, key.keys
         if probe is not None:
-            layer: int = module.layer_idx  # type: ignore[assignment]
-            scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+            layer = module.layer_idx  # type: ignore[assignment]
             probe.observe(layer, query, scaling, softcap, keys=key, hidden=hidden)
         run = _eager_of(module) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
         return run(module, query, key, value, attention_mask, **kwargs)

@@ -333,8 +333,8 @@ class KVCache(Cache):  # type: ignore[misc]
 
         Args:
             row: Of the batch.
-            columns: ``(kept,)`` int64, ascending: tokens that full-attention layers show, counted
-                from the end of what they hold: -1 is the last.
+            columns: ``(kept,)`` int64: tokens that full-attention layers show, in this order,
+                counted from the end of what they hold: -1 is the last.
             seen: Tokens of the row's sequence, padding not counted.
         """
         part = copy.copy(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -22,13 +24,14 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recall_module, "REPEATED_TOKENS", 16)
     monkeypatch.setattr(recall_module, "LEAD_TOKENS", 3)
     monkeypatch.setattr(recall_module, "SINK_TOKENS", 2)
+    monkeypatch.setattr(recall_module, "SAMPLED_TOKENS", 5)
 
 
 def slow_recall(family: str, ids: torch.Tensor, before: int = 0) -> dict[int, torch.Tensor]:
     """Return the scores of one text ``(tokens,)``, of which the first ``before`` are a prefix.
 
-    Every piece is repeated behind a transformers cache of the whole text, with a mask that hides
-    the rest of it, and the model itself reports its attention.
+    Every piece is repeated behind the whole text, with a mask that hides what is not sampled of the
+    rest and weighs what is, and the model itself reports its attention.
     """
     model = tiny_model(family, attention="eager", dtype=torch.float64)
     layers = KVCache(model.config).layers
@@ -38,18 +41,34 @@ def slow_recall(family: str, ids: torch.Tensor, before: int = 0) -> dict[int, to
     for start in range(0, text, recall_module.REPEATED_TOKENS):
         first = max(start - recall_module.LEAD_TOKENS, 0)
         stop = min(start + recall_module.REPEATED_TOKENS, text)
-        seen = sorted({*range(min(recall_module.SINK_TOKENS, first)), *range(first, stop)})
+        voted = sorted({*range(min(recall_module.SINK_TOKENS, first)), *range(first, stop)})
+        others = [p for p in range(text) if p not in voted]
+        num_sampled = min(recall_module.SAMPLED_TOKENS, len(others))
+        parts = [(i + Fraction(1, 2)) / num_sampled for i in range(num_sampled)]
+        weights = {p: 1.0 for p in voted}
+        weights |= {others[int(len(others) * part)]: len(others) / num_sampled for part in parts}
         repeated = ids[before + first : before + stop]
-        attention = _attention(model, ids, repeated, [before + p for p in seen])
+        shifted = {before + p: weight for p, weight in weights.items()}
+        attention = _attention(model, ids, repeated, shifted)
+        worth = [_information(ids[before:].tolist(), p + 1) for p in range(first, stop)]
         for index in full:
-            votes = attention[index].view(2, 2, len(repeated), -1)  # KV heads, group, queries, keys
-            for p in seen:
-                scores[index][:, p] += votes[..., before + p].square().sum(dim=2).mean(dim=1)
+            votes = attention[index].view(2, 2, len(repeated), -1).square()
+            votes *= torch.tensor(worth)[:, None]  # KV heads, group, queries, keys
+            for p in voted:
+                scores[index][:, p] += votes[..., before + p].sum(dim=2).mean(dim=1)
+    for index in full:
+        scores[index] /= scores[index].sum(dim=1, keepdim=True) ** (1 / 3)
     return scores
 
 
+def _information(text: list[int], position: int) -> float:
+    if position == len(text):
+        return 0.0
+    return math.log(1 + len(text) / text.count(text[position]))
+
+
 def _attention(
-    model: Any, ids: torch.Tensor, repeated: torch.Tensor, seen: list[int]
+    model: Any, ids: torch.Tensor, repeated: torch.Tensor, weights: dict[int, float]
 ) -> dict[int, torch.Tensor]:
     total = len(ids) + len(repeated)
     causal = torch.ones(total, total, dtype=torch.bool).tril()
@@ -58,9 +77,12 @@ def _attention(
     near = causal if window is None else causal & (order[:, None] - order < window)
     excerpt = causal.clone()
     excerpt[len(ids) :, : len(ids)] = False
-    excerpt[len(ids) :, seen] = True
+    excerpt[len(ids) :, list(weights)] = True
+    weighted = _additive(excerpt)
+    for position, weight in weights.items():
+        weighted[len(ids) :, position] = math.log(weight)
     masks = {
-        "full_attention": _additive(excerpt),
+        "full_attention": weighted,
         "sliding_attention": _additive(near),
     }
     only_kind = "full_attention" if window is None else "sliding_attention"
