@@ -144,9 +144,11 @@ def select_positions(
             chosen = best.joined().best(num_ranked.sum().view(1, 1))
         else:
             chosen = ranking.best(num_ranked)
-        # Gated units stand in two tiers: their best tokens, and the others.
-        tiers = chosen.view(scores.shape[0], -1, units.num_units, units.unit_tokens)
-        kept |= units.tokens(tiers.any(dim=1) if gating > 0 else tiers[:, 0])
+        if ranking.tiers is not None:  # of gated units: their best tokens, and the others
+            chosen = chosen.reshape(ranking.is_member.shape) & ranking.is_member
+            chosen = chosen.view(len(scores), 2, *units.shape).any(dim=1)
+        # Whatever else stands in a unit is sink or window, and kept already.
+        kept |= units.tokens(chosen.reshape(len(scores), *units.shape))
     counts = kept.sum(dim=1).tolist()
     return list(torch.split(kept.nonzero()[:, 1], counts))
 
@@ -202,11 +204,14 @@ class _Ranking:
         return _Ranking(self.scores, self.is_member, tiers.masked_fill(is_first, -1), self.by_mean)
 
     def best(self, num_tokens: torch.Tensor) -> torch.Tensor:
-        """Return the slots of the best ``num_tokens``, ``(rows, 1)``; all rows have so many."""
+        """Return the slots of the best ``num_tokens``, ``(rows, 1)``; all rows have so many.
+
+        Of whole units also slots that hold no member.
+        """
         order, filled = self._in_order()
         fits = filled <= num_tokens
         is_whole = torch.zeros_like(fits).scatter_(1, order, fits)
-        chosen = self.is_member & is_whole[..., None]
+        chosen = is_whole[..., None].expand_as(self.is_member)
 
         # At most one unit a row is cut: the first, in rank, that overflows the budget.
         num_whole = fits.sum(dim=-1, keepdim=True)  # (rows, 1)
@@ -221,7 +226,7 @@ class _Ranking:
 
     def _in_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the units by rank, and the tokens of all up to each: ``(rows, units)`` both."""
-        sizes = self.is_member.sum(dim=-1)
+        sizes = self.is_member.count_nonzero(dim=-1)
         scores = (self.scores * self.is_member).sum(dim=-1)
         if self.by_mean:
             scores /= sizes.clamp(min=1)

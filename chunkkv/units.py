@@ -23,6 +23,11 @@ class Units:
     unit_tokens: int
     by_mean: bool = False
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the grid: ``(num_units, unit_tokens)``."""
+        return self.num_units, self.unit_tokens
+
     def grid(self, values: torch.Tensor) -> torch.Tensor:
         """Return values ``(rows, seq_len)`` as ``(rows, num_units, unit_tokens)``, 0 in gaps."""
         size = self.num_units * self.unit_tokens
@@ -31,7 +36,7 @@ class Units:
             grid[:, self.slots] = values
         else:  # gaps at the end only: a copy, which is faster than a scatter
             grid[:, : values.shape[1]] = values
-        return grid.view(values.shape[0], self.num_units, self.unit_tokens)
+        return grid.view(values.shape[0], *self.shape)
 
     def tokens(self, grid: torch.Tensor) -> torch.Tensor:
         """Return the tokens ``(rows, seq_len)`` of a grid."""

@@ -66,8 +66,8 @@ def recollect(
             followed in its cache.
 
     Source: the repetition is KVzip's (https://arxiv.org/abs/2505.23416). What differs is ours: a
-    piece sees a weighted sample of the rest of the text, and votes are weighted, summed and levelled
-    between heads, where KVzip takes the largest attention.
+    piece sees a weighted sample of the rest of the text, and votes are weighted, summed and
+    levelled between heads, where KVzip takes the largest attention.
     """
     prefilled.check_is_whole(input_ids)
     layers = prefilled.cache.layers
@@ -112,7 +112,7 @@ def recollect(
 
 def _information_of_next(ids: torch.Tensor) -> torch.Tensor:
     """Return the information of the token after each of ``(tokens,)``, nats; 0 at the last."""
-    _, which, counts = ids.unique(return_inverse=True, return_counts=True)
+    _, which, counts = torch.unique(ids, return_inverse=True, return_counts=True)
     information = (len(ids) / counts[which]).log1p()
     return torch.cat([information[1:], information.new_zeros(1)])
 
