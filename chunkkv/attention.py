@@ -230,6 +230,11 @@ def _probed(base: str) -> Callable[..., Any]:
         if instead is not None and module.layer_idx in instead.layers:
             layer: int = module.layer_idx  # type: ignore[assignment]
             assert not isinstance(key, RaggedKeys)
+            if kwargs.get("s_aux") is not None:
+                raise InvalidInputError(
+                    f"{type(module).__name__} has learned attention sinks, which recall does not "
+                    "know; use another scorer, reconstruction for one"
+                )
             return instead.attend(layer, query, key, value, scaling, softcap), None
         hidden: torch.Tensor | None = None
         if isinstance(key, RaggedKeys):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, prompts, tiny_model
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import chunkkv
 from chunkkv import CompressionPolicy, InvalidInputError, KVCache
@@ -167,6 +168,33 @@ def test_other_tokens_than_those_that_were_run_are_refused():
 
     with pytest.raises(InvalidInputError, match=r"\(1, 39\); \(1, 40\) were run"):
         chunkkv.recollect(tiny_model(), prefilled, ids[:, 1:])
+
+
+def test_a_model_with_learned_sinks_is_refused():
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = GptOssForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    prefilled = chunkkv.run_prefill(model, ids, window_size=8)
+
+    with pytest.raises(InvalidInputError, match="learned attention sinks, which recall does not"):
+        chunkkv.recollect(model, prefilled, ids)
+
+
+@pytest.mark.parametrize("text", [[5], [5, 9, 5], [7] * 40], ids=["one", "three", "all equal"])
+def test_texts_that_tell_little_are_scored(text: list[int]):
+    kept = chunkkv.prefill(tiny_model(), torch.tensor([text]), POLICY)[0]
+
+    assert kept.shape.num_tokens == len(text)
 
 
 def test_scores_of_a_text_that_was_not_repeated_are_refused():
