@@ -128,14 +128,18 @@ def select_positions(
     (https://arxiv.org/abs/2407.11550) for ``is_shared`` and ``floor``, on chunks, and over all
     layers as KVzip (https://arxiv.org/abs/2505.23416) does.
     """
-    seq_len = scores.shape[-1]
-    budget = torch.tensor(budgets, device=scores.device).clamp(max=seq_len)[:, None]  # (rows, 1)
-    num_window = budget.clamp(max=window_size)
-    num_sink = (budget - num_window).clamp(max=sink_tokens)
-    order = torch.arange(seq_len, device=scores.device)
-    kept = (order >= seq_len - num_window) | (order < num_sink)
-    num_ranked = budget - num_window - num_sink
-    if int(num_ranked.sum()) > 0:
+    num_rows, seq_len = scores.shape
+    kept = torch.zeros(num_rows, seq_len, dtype=torch.bool, device=scores.device)
+    ranked: list[int] = []  # tokens of each row that the ranking chooses
+    for budget, same in itertools.groupby(min(each, seq_len) for each in budgets):
+        rows = slice(len(ranked), len(ranked) + len(list(same)))
+        num_window = min(budget, window_size)
+        num_sink = min(budget - num_window, sink_tokens)
+        kept[rows, seq_len - num_window :] = True
+        kept[rows, :num_sink] = True
+        ranked += [budget - num_window - num_sink] * (rows.stop - rows.start)
+    if sum(ranked) > 0:
+        num_ranked = torch.tensor(ranked, device=scores.device)[:, None]  # (rows, 1)
         ranking = _Ranking.of(scores, ~kept, units, gating=float(fraction(gating)))
         if is_shared:
             # In integers: as the span's name says it, by which it is compressed further.
@@ -146,9 +150,9 @@ def select_positions(
             chosen = ranking.best(num_ranked)
         if ranking.tiers is not None:  # of gated units: their best tokens, and the others
             chosen = chosen.reshape(ranking.is_member.shape) & ranking.is_member
-            chosen = chosen.view(len(scores), 2, *units.shape).any(dim=1)
+            chosen = chosen.view(num_rows, 2, *units.shape).any(dim=1)
         # Whatever else stands in a unit is sink or window, and kept already.
-        kept |= units.tokens(chosen.reshape(len(scores), *units.shape))
+        kept |= units.tokens(chosen.reshape(num_rows, *units.shape))
     counts = kept.sum(dim=1).tolist()
     return list(torch.split(kept.nonzero()[:, 1], counts))
 
