@@ -146,7 +146,7 @@ def _pieces(num_tokens: int) -> Iterator[_Piece]:
             repeated,
             torch.cat([torch.arange(sinks), repeated]),
             others[middles * len(others) // (2 * max(num_sampled, 1))],
-            len(others) / max(num_sampled, 1),
+            len(others) / num_sampled if num_sampled else 1.0,
         )
 
 
@@ -189,9 +189,10 @@ class RecallAttention:
         num_kv_heads = keys.shape[1]
         grouped = by_kv_head(queries, num_kv_heads, scaling_of(queries, scaling))
         first, last = self.num_sampled, self.num_sampled + self.num_voted
-        values = values[0].clone()
+        attended = values.new_empty(q_len, num_kv_heads, num_heads // num_kv_heads, values.shape[3])
+        # In float32: what many tokens weigh together may be past what float16 holds.
+        values = values[0].to(torch.float32, copy=True)
         values[:, :first] *= self.stands_for
-        attended = values.new_empty(q_len, num_kv_heads, num_heads // num_kv_heads, values.shape[2])
         scores = torch.zeros(num_kv_heads, self.num_voted, device=keys.device)
         for start in range(0, q_len, QUERIES_AT_ONCE):
             stop = min(start + QUERIES_AT_ONCE, q_len)
@@ -201,7 +202,7 @@ class RecallAttention:
             shares = logits.softmax(dim=-1)[0]  # (num_kv_heads, group, queries, seen)
             # What the softmax would have been divided by more, had each of the sample come often.
             total = 1 + (self.stands_for - 1) * shares[..., :first].sum(dim=-1)
-            mixed = shares.to(values.dtype).flatten(1, 2) @ values[:, : last + stop]
+            mixed = shares.flatten(1, 2) @ values[:, : last + stop]
             mixed = mixed.view(*total.shape, -1) / total[..., None]
             attended[start:stop] = mixed.permute(2, 0, 1, 3)
             weights = self.query_weights[start:stop] / total.square()

@@ -190,6 +190,21 @@ def test_a_model_with_learned_sinks_is_refused():
         chunkkv.recollect(model, prefilled, ids)
 
 
+@pytest.mark.usefixtures("short_pieces")
+def test_many_tokens_weigh_more_together_than_float16_holds():
+    model = tiny_model("qwen3", dtype=torch.float16)
+    for layer in model.base_model.layers:  # large values, of which attention makes what it did
+        layer.self_attn.v_proj.weight.data *= 2000
+        layer.self_attn.o_proj.weight.data /= 2000
+    ids, _ = prompts(1000)
+    prefilled = chunkkv.run_prefill(model, ids, window_size=8)
+    assert max(layer.values.abs().max() for layer in prefilled.cache.layers) * 990 / 5 > 65504
+
+    repeated = chunkkv.recollect(model, prefilled, ids)
+
+    assert all(scores.isfinite().all() for scores in repeated.observed["recall"].values())
+
+
 @pytest.mark.parametrize("text", [[5], [5, 9, 5], [7] * 40], ids=["one", "three", "all equal"])
 def test_texts_that_tell_little_are_scored(text: list[int]):
     kept = chunkkv.prefill(tiny_model(), torch.tensor([text]), POLICY)[0]
