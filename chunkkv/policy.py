@@ -53,7 +53,8 @@ class CompressionPolicy:
             ``reconstruction``: attention while the model repeats the text (KVzip); ``recall``: the
             same, each piece seeing itself and a sample of the rest, strong votes counted;
             ``key_diff``: how little a key resembles the average one (KeyDiff);
-            ``heavy_hitter``: attention of all tokens, accumulated (H2O); ``recency``: the later, the higher (StreamingLLM);
+            ``heavy_hitter``: attention of all tokens, accumulated (H2O);
+            ``recency``: the later, the higher (StreamingLLM);
             ``expected_attention``: of queries to come, by the statistics of those seen;
             ``key_norm``: the smaller a key's norm, the higher.
         unit: ``chunk``: ``chunk_size`` neighbouring tokens are kept or dropped together
