@@ -198,7 +198,9 @@ def test_many_tokens_weigh_more_together_than_float16_holds():
         layer.self_attn.o_proj.weight.data /= 2000
     ids, _ = prompts(1000)
     prefilled = chunkkv.run_prefill(model, ids, window_size=8)
-    assert max(layer.values.abs().max() for layer in prefilled.cache.layers) * 990 / 5 > 65504
+    stands_for = (1000 - 16 - 3 - 2) / 5  # a piece, what leads into it, and the first ones aside
+    largest = max(float(layer.values.abs().max()) for layer in prefilled.cache.layers)
+    assert largest * stands_for > torch.finfo(torch.float16).max
 
     repeated = chunkkv.recollect(model, prefilled, ids)
 
