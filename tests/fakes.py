@@ -193,7 +193,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
             )
         )
         for i, byte in list(enumerate(ANSWER))[request.num_resumed_tokens :]:
-            feed.put(
+            wake_up = feed.put(
                 request.feed_key,
                 types_pb2.TokenDelta(
                     text=chr(byte),
@@ -202,6 +202,7 @@ class FakeDecode(decode_pb2_grpc.DecodeServiceServicer):
                     logprobs=_fake_logprobs(byte, request.sampling),
                 ),
             )
+            wake_up()
             if i == request.num_resumed_tokens:
                 await self.after_first_token.pass_through()
                 if self.error_after_first_token is not None:

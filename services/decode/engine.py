@@ -16,9 +16,8 @@ from typing import Final, NamedTuple
 
 import torch
 
-from chunkserve.v1 import types_pb2
 from services.decode.attention import Rows, forward
-from services.decode.generation import Generation
+from services.decode.generation import Generation, Sink
 from services.decode.pacing import Pace
 from services.decode.sequence import DecodeSequence, DecodeTask
 from services.decode.sequence_kv import SequenceKV
@@ -111,7 +110,7 @@ class Engine:
         kv: SequenceKV,
         *,
         on_released: Callable[[], None],
-        sink: Callable[[types_pb2.TokenDelta], None] | None = None,
+        sink: Sink | None = None,
     ) -> Generation:
         """Begin to generate.
 
@@ -119,7 +118,7 @@ class Engine:
             task: What is to be generated.
             kv: Of the tokens before the task's; has room for all that the task can come to.
             on_released: Called on the event loop, once, when the thread uses ``kv`` no more.
-            sink: Takes the tokens, on the event loop; else the generation is read.
+            sink: Takes the tokens, on the engine's thread; else the generation is read.
 
         Raises:
             InvalidRequestError: The task's resumed tokens contradict its settings.
@@ -202,7 +201,7 @@ class Engine:
         except Exception as error:
             self._release([(share.generation, error) for share in shares])
             return
-        woken: list[Callable[[], None]] = []
+        woken: dict[Callable[[], None], None] = {}  # in order; calls of one feed share theirs
         ended: list[tuple[Generation, Exception | None]] = []
         for share, row in zip(shares, logits, strict=True):
             generation = share.generation
@@ -212,10 +211,10 @@ class Engine:
                 ended.append((generation, error))
                 continue
             if delta is not None:
-                woken.append(generation.put(delta))
+                woken[generation.put(delta)] = None
             if generation.sequence.is_done:
                 ended.append((generation, None))
-        self._on_loop(woken)
+        self._on_loop(list(woken))
         self._release(ended)
         self._pace.observe(
             (time.perf_counter() - started) * 1000,

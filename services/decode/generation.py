@@ -11,10 +11,14 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import TypeAlias
 
 from chunkserve.v1 import types_pb2
 from services.decode.sequence import DecodeSequence
 from services.decode.sequence_kv import SequenceKV
+
+# Takes a delta, and returns what takes it further.
+Sink: TypeAlias = Callable[[types_pb2.TokenDelta], Callable[[], None]]
 
 
 class Generation:
@@ -30,7 +34,8 @@ class Generation:
         capacity: Tokens that may wait for the reader.
         notify: Wakes the engine up; callable from the event loop.
         on_released: Called on the event loop when the engine has let go.
-        sink: Takes the deltas, on the event loop.
+        sink: Takes the deltas on the engine's thread, and returns what sends them, to be called
+            on the event loop.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Generation:
         capacity: int,
         notify: Callable[[], None],
         on_released: Callable[[], None],
-        sink: Callable[[types_pb2.TokenDelta], None] | None = None,
+        sink: Sink | None = None,
     ) -> None:
         self.sequence = sequence
         self.kv = kv
@@ -107,7 +112,7 @@ class Generation:
             What takes it there, to be called on the event loop.
         """
         if self._sink is not None:
-            return functools.partial(self._sink, delta)
+            return self._sink(delta)
         self._waiting.append(delta)
         return self._changed.set
 

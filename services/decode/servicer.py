@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from services.compress.segments import covered_tokens, store_segment
 from services.decode.engine import Engine
 from services.decode.feeds import TokenFeeds
 from services.decode.fetch import KVFetcher, OpenedKV
-from services.decode.generation import Generation
+from services.decode.generation import Generation, Sink
 from services.decode.limit import KVLimit
 from services.decode.placement import KVMemory, Placement
 from services.decode.sampling import SamplingSettings
@@ -148,7 +148,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         task: DecodeTask,
         kv: SequenceKV,
         placement: Placement,
-        sink: Callable[[types_pb2.TokenDelta], None] | None,
+        sink: Sink | None,
     ) -> Generation:
         generation = self._engine.submit(task, kv, on_released=placement.give_back, sink=sink)
         placement.lend()

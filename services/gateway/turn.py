@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
@@ -307,8 +307,8 @@ class TurnRunner:
         request.manifest.token_ids.extend(relay.token_ids)
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
         async with call as events:
-            async for event in events:
-                await relay.forward(event)
+            # In a task of its own, which each event wakes without all that is around it.
+            await asyncio.create_task(relay.forward_all(events))
         return relay.finish()
 
     async def _delete_segments(self, manifest: manifest_pb2.Manifest) -> None:
@@ -351,6 +351,11 @@ class _Relay:
         self.has_begun = False
         self._num_chars = 0
         self._finish: types_pb2.Finish | None = None
+
+    async def forward_all(self, events: AsyncIterator[Event]) -> None:
+        """Send events on until they end."""
+        async for event in events:
+            await self.forward(event)
 
     async def forward(self, event: Event) -> None:
         """Send the event on, unless a worker before sent it; keep the last one."""

@@ -80,7 +80,8 @@ class PacedDecode(decode_pb2_grpc.DecodeServiceServicer):
                 await self.is_held.wait()  # faster than any engine, it would be done before
             await self.may_go_on.wait()
             delta = types_pb2.TokenDelta(text=TEXT, token_ids=[index], first_token_index=index)
-            feed.put(request.feed_key, delta)
+            wake_up = feed.put(request.feed_key, delta)
+            wake_up()
             self.num_sent += 1
             await asyncio.sleep(0)
         if not self.sends_finish_first:

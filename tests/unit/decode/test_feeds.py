@@ -49,12 +49,44 @@ async def test_one_message_carries_what_waits_for_all_calls() -> None:
 
     assert await read(messages) == []  # it is open
     with feed.carrying(1, generation()), feed.carrying(2, generation()):
-        feed.put(1, delta(65))
-        feed.put(2, delta(66))
-        feed.put(1, delta(67))
+        feed.put(1, delta(65))()
+        feed.put(2, delta(66))()
+        feed.put(1, delta(67))()
         assert await read(messages) == [(1, 65), (2, 66), (1, 67)]
-        feed.put(2, delta(68))
+        feed.put(2, delta(68))()
         assert await read(messages) == [(2, 68)]
+
+
+async def test_calls_of_a_feed_are_sent_by_one_wake_up() -> None:
+    feed, other = TokenFeed(), TokenFeed()
+    messages = aiter(feed.messages())
+    await read(messages)
+    with feed.carrying(1, generation()), feed.carrying(2, generation()):
+        woken = {feed.put(1, delta(65)), feed.put(2, delta(66)), other.put(1, delta(67))}
+        assert len(woken) == 2
+        for wake_up in woken:
+            wake_up()
+        assert await read(messages) == [(1, 65), (2, 66)]
+
+
+async def test_nothing_is_lost_that_another_thread_puts_while_messages_are_sent() -> None:
+    feed = TokenFeed()
+    loop = asyncio.get_running_loop()
+    messages = aiter(feed.messages())
+    await read(messages)
+
+    def put_all() -> None:
+        for number in range(2000):
+            loop.call_soon_threadsafe(feed.put(number % 3, delta(number)))
+
+    tokens: list[tuple[int, int]] = []
+    with feed.carrying(0, generation()):
+        putting = asyncio.create_task(asyncio.to_thread(put_all))
+        while len(tokens) < 2000:
+            tokens += await read(messages)
+        await putting
+
+    assert tokens == [(number % 3, number) for number in range(2000)]
 
 
 async def test_a_draining_feed_ends_behind_the_last_token_of_its_last_call() -> None:
@@ -63,7 +95,7 @@ async def test_a_draining_feed_ends_behind_the_last_token_of_its_last_call() -> 
     await read(messages)
     with feed.carrying(1, generation()):
         feed.drain()
-        feed.put(1, delta(65))
+        feed.put(1, delta(65))()
 
     assert await read(messages) == [(1, 65)]
     with pytest.raises(StopAsyncIteration):
