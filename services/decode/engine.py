@@ -29,6 +29,10 @@ from services.runtime.telemetry import get_logger
 # Tokens that wait for a slow reader before his sequence pauses.
 READER_CAPACITY: Final = 32
 
+# So many tokens of a step are on their way while the next are chosen, which takes about as long as
+# a message does. One message for a whole step would find everything behind it asleep.
+_TOKENS_AT_ONCE: Final = 6
+
 _log = get_logger()
 
 
@@ -201,7 +205,7 @@ class Engine:
         except Exception as error:
             self._release([(share.generation, error) for share in shares])
             return
-        woken: dict[Callable[[], None], None] = {}  # in order; calls of one feed share theirs
+        chosen: list[Callable[[], None]] = []
         ended: list[tuple[Generation, Exception | None]] = []
         for share, row in zip(shares, logits, strict=True):
             generation = share.generation
@@ -211,10 +215,13 @@ class Engine:
                 ended.append((generation, error))
                 continue
             if delta is not None:
-                woken[generation.put(delta)] = None
+                chosen.append(generation.put(delta))
+            if len(chosen) == _TOKENS_AT_ONCE:
+                self._on_loop(chosen)
+                chosen = []
             if generation.sequence.is_done:
                 ended.append((generation, None))
-        self._on_loop(list(woken))
+        self._on_loop(chosen)
         self._release(ended)
         self._pace.observe(
             (time.perf_counter() - started) * 1000,
@@ -272,10 +279,10 @@ class Engine:
         self._release([(generation, _not_running()) for generation in left])
 
     def _on_loop(self, calls: Sequence[Callable[[], None]]) -> None:
-        """Run calls on the event loop, which is woken up once for all of them."""
+        """Run calls on the event loop, equal ones once; it is woken up once for all of them."""
         if calls:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(_call_all, calls)
+            self._loop.call_soon_threadsafe(_call_all, list(dict.fromkeys(calls)))
 
 
 def _take_threads(num_threads: int) -> None:

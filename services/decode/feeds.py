@@ -1,4 +1,4 @@
-"""Feeds: the tokens of many calls of one caller, in one message for each step of the engine.
+"""Feeds: the tokens of many calls of one caller, several in one message.
 
 A message costs the sender and the receiver about a tenth of a millisecond whatever is in it. With
 one for each call, the last of sixteen streams would wait for the messages of the other fifteen,

@@ -1,7 +1,7 @@
 """Tokens from a decode worker: one feed for all calls that this gateway has running there.
 
-A worker sends what a step gave to all calls in one message. Here it is taken apart again: each call
-has an inbox, and a call whose reader falls behind is paused at the worker.
+A worker sends tokens of several calls in one message. Here it is taken apart again: each call has
+an inbox, and a call whose reader falls behind is paused at the worker.
 """
 
 from __future__ import annotations

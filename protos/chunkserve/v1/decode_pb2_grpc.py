@@ -66,9 +66,9 @@ class DecodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FeedTokens(self, request, context):
-        """Carries the tokens of all running Decode calls that name this feed, in one message for each
-        step of the engine: a message for each call would cost more than choosing the tokens. First
-        one empty message: the feed is open. When a feed ends, the calls that name it fail.
+        """Carries the tokens of all running Decode calls that name this feed, several in one message: a
+        message for each call would cost more than choosing the tokens. First one empty message: the
+        feed is open. When a feed ends, the calls that name it fail.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

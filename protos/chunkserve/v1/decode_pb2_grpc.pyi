@@ -39,9 +39,9 @@ class DecodeServiceStub:
     segment, and commits the manifest. First one DecodeStarted, then TokenDeltas, last one Finish.
     """
     FeedTokens: _grpc.UnaryStreamMultiCallable[_decode_pb2.FeedTokensRequest, _decode_pb2.FeedTokensResponse]
-    """Carries the tokens of all running Decode calls that name this feed, in one message for each
-    step of the engine: a message for each call would cost more than choosing the tokens. First
-    one empty message: the feed is open. When a feed ends, the calls that name it fail.
+    """Carries the tokens of all running Decode calls that name this feed, several in one message: a
+    message for each call would cost more than choosing the tokens. First one empty message: the
+    feed is open. When a feed ends, the calls that name it fail.
     """
     HoldTokens: _grpc.UnaryUnaryMultiCallable[_decode_pb2.HoldTokensRequest, _decode_pb2.HoldTokensResponse]
     """Pauses a call whose reader falls behind, or lets it go on."""
@@ -57,9 +57,9 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     segment, and commits the manifest. First one DecodeStarted, then TokenDeltas, last one Finish.
     """
     FeedTokens: _aio.UnaryStreamMultiCallable[_decode_pb2.FeedTokensRequest, _decode_pb2.FeedTokensResponse]  # type: ignore[assignment]
-    """Carries the tokens of all running Decode calls that name this feed, in one message for each
-    step of the engine: a message for each call would cost more than choosing the tokens. First
-    one empty message: the feed is open. When a feed ends, the calls that name it fail.
+    """Carries the tokens of all running Decode calls that name this feed, several in one message: a
+    message for each call would cost more than choosing the tokens. First one empty message: the
+    feed is open. When a feed ends, the calls that name it fail.
     """
     HoldTokens: _aio.UnaryUnaryMultiCallable[_decode_pb2.HoldTokensRequest, _decode_pb2.HoldTokensResponse]  # type: ignore[assignment]
     """Pauses a call whose reader falls behind, or lets it go on."""
@@ -84,9 +84,9 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_pb2.FeedTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_decode_pb2.FeedTokensResponse], _abc.AsyncIterator[_decode_pb2.FeedTokensResponse]]:
-        """Carries the tokens of all running Decode calls that name this feed, in one message for each
-        step of the engine: a message for each call would cost more than choosing the tokens. First
-        one empty message: the feed is open. When a feed ends, the calls that name it fail.
+        """Carries the tokens of all running Decode calls that name this feed, several in one message: a
+        message for each call would cost more than choosing the tokens. First one empty message: the
+        feed is open. When a feed ends, the calls that name it fail.
         """
 
     @_abc_1.abstractmethod
