@@ -308,7 +308,7 @@ class TurnRunner:
         call = self._channels.decode(worker, request, timeout_s=relay.turn.remaining_s())
         async with call as events:
             # In a task of its own, which each event wakes without all that is around it.
-            await asyncio.create_task(relay.forward_all(events))
+            await asyncio.create_task(relay.forward(events))
         return relay.finish()
 
     async def _delete_segments(self, manifest: manifest_pb2.Manifest) -> None:
@@ -352,13 +352,12 @@ class _Relay:
         self._num_chars = 0
         self._finish: types_pb2.Finish | None = None
 
-    async def forward_all(self, events: AsyncIterator[Event]) -> None:
-        """Send events on until they end."""
+    async def forward(self, events: AsyncIterator[Event]) -> None:
+        """Send events on until they end, but for those that a worker before sent; keep the last."""
         async for event in events:
-            await self.forward(event)
+            await self._forward(event)
 
-    async def forward(self, event: Event) -> None:
-        """Send the event on, unless a worker before sent it; keep the last one."""
+    async def _forward(self, event: Event) -> None:
         match event:
             case decode_pb2.DecodeStarted():
                 if not self.has_begun:
